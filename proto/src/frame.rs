@@ -12,6 +12,8 @@
 //! nobody else: nothing is allocated on a peer's word beyond [`MAX_HEADER_BYTES`] and [`MAX_PAYLOAD_BYTES`].
 
 use std::io::{self, Read};
+use std::net::TcpStream;
+use std::sync::Arc;
 
 use crate::types::{BLOCK_BYTES, MAX_IO_BYTES};
 
@@ -68,6 +70,16 @@ pub fn append<M: prost::Message>(header: &M, payload_len: usize, out: &mut Vec<u
     out.extend_from_slice(&(payload_len as u32).to_le_bytes());
     // A Vec grows, so encoding cannot run out of room.
     header.encode(out).unwrap_or_default();
+}
+
+/// The reading side of a socket that others write to.
+#[derive(Clone, Debug)]
+pub struct Receiver(pub Arc<TcpStream>);
+
+impl Read for Receiver {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        (&*self.0).read(buf)
+    }
 }
 
 /// Reads frames from a stream, many with one system call.
