@@ -111,7 +111,7 @@ impl<R: Read> FrameReader<R> {
         &self.stream
     }
 
-    /// True when a whole frame (or a wrong one) is in the buffer already, so that [`FrameReader::next`] will not wait.
+    /// True when a whole frame (or a wrong one) is in the buffer already, so that [`FrameReader::receive`] will not wait.
     #[must_use]
     pub fn has_frame(&self) -> bool {
         match self.announced() {
@@ -140,7 +140,7 @@ impl<R: Read> FrameReader<R> {
     ///
     /// # Errors
     /// When the connection breaks, or what comes is no frame.
-    pub fn next(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
+    pub fn receive(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
         let (header, payload) = loop {
             let need = match self.announced() {
                 Some(announced) => {
@@ -208,22 +208,22 @@ mod tests {
             }
             let mut reader = FrameReader::new(Drip(bytes, step));
             for i in 0..5_usize {
-                let frame = reader.next().unwrap().unwrap();
+                let frame = reader.receive().unwrap().unwrap();
                 assert_eq!(Request::decode(frame.header).unwrap().id, i as u64 + 1);
                 assert_eq!(frame.payload, vec![i as u8; i * 70_000]);
             }
-            assert!(reader.next().unwrap().is_none());
+            assert!(reader.receive().unwrap().is_none());
         }
     }
 
     #[test]
     fn wrong_magic_and_boundless_lengths_are_refused_before_anything_is_allocated() {
         let mut reader = FrameReader::new(Drip(b"GET / HTTP/1.1\r\n".to_vec(), 100));
-        assert!(matches!(reader.next(), Err(FrameError::Magic(_))));
+        assert!(matches!(reader.receive(), Err(FrameError::Magic(_))));
         let mut bytes = encode(&HelloReply::default(), 0);
         bytes[8..12].copy_from_slice(&u32::MAX.to_le_bytes());
         let mut reader = FrameReader::new(Drip(bytes, 100));
-        assert!(matches!(reader.next(), Err(FrameError::TooLong { .. })));
+        assert!(matches!(reader.receive(), Err(FrameError::TooLong { .. })));
         assert!(reader.buffer.len() < 1 << 20);
     }
 
@@ -231,6 +231,6 @@ mod tests {
     fn an_end_within_a_frame_is_an_error() {
         let mut bytes = encode(&Request { id: 1, ..Request::default() }, 10);
         bytes.extend([0; 9]);
-        assert!(matches!(FrameReader::new(Drip(bytes, 7)).next(), Err(FrameError::Io(_))));
+        assert!(matches!(FrameReader::new(Drip(bytes, 7)).receive(), Err(FrameError::Io(_))));
     }
 }

@@ -248,7 +248,7 @@ fn open_at(
     let socket = Arc::new(socket);
     (&*socket).write_all(&frame::encode(hello, 0))?;
     let mut reader = FrameReader::new(Receiver(Arc::clone(&socket)));
-    let reply = match reader.next()? {
+    let reply = match reader.receive()? {
         Some(frame) => data::HelloReply::decode(frame.header)?,
         None => anyhow::bail!("it closed the connection"),
     };
@@ -259,7 +259,7 @@ fn open_at(
 }
 
 fn receive(reader: &mut FrameReader<Receiver>, events: &dyn LinkEvents) -> Result<(), frame::FrameError> {
-    while let Some(frame) = reader.next()? {
+    while let Some(frame) = reader.receive()? {
         let response = data::Response::decode(frame.header)?;
         events.response(response, frame.payload);
     }

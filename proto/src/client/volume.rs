@@ -103,6 +103,9 @@ struct ReplicaSet {
     ports: [Arc<Port>; 3],
 }
 
+/// Whose request it was, and what it asked.
+type Asked = (Arc<File>, RequestId, Body);
+
 /// What a brick's link leads back to.
 struct Port {
     volume: std::sync::Weak<Volume>,
@@ -111,7 +114,7 @@ struct Port {
     up: std::sync::atomic::AtomicBool,
     /// The boot id of the brick's kernel at the last hello `[E7]`.
     boot: Mutex<BootId>,
-    outstanding: Mutex<HashMap<u64, (Arc<File>, RequestId, Body)>>,
+    outstanding: Mutex<HashMap<u64, Asked>>,
 }
 
 impl LinkEvents for Port {

@@ -61,8 +61,7 @@ impl Coordinator {
             if self.release_wanted || self.resettle {
                 continue;
             }
-            loop {
-                let Some(repair) = self.repairs[x.index()].as_mut() else { break };
+            while let Some(repair) = self.repairs[x.index()].as_mut() {
                 if repair.done || !repair.lists_left.is_empty() || repair.active.len() >= PARALLEL {
                     break;
                 }
