@@ -128,7 +128,7 @@ impl Coordinator {
         }
     }
 
-    pub(super) fn mutation_acknowledged(&mut self, seq: Seq, slot: Slot, effects: &mut Vec<Effect>) {
+    pub(super) fn mutation_acknowledged(&mut self, seq: Seq, slot: Slot, now_ms: u64, effects: &mut Vec<Effect>) {
         let writable = self.configuration.writable();
         let Some(m) = self.mutations.get_mut(&seq) else { return };
         m.acknowledged.insert(slot);
@@ -140,6 +140,8 @@ impl Coordinator {
                 effects.push(Effect::Complete(op, Completion::Done));
             }
             effects.push(Effect::Discard(op));
+        } else {
+            self.suspect_those_that_failed(seq, now_ms, effects);
         }
     }
 
@@ -157,11 +159,28 @@ impl Coordinator {
                 effects.push(Effect::Complete(op, Completion::Failed(errno)));
             }
             self.resettle = true;
-        } else if m.acknowledged.or(failed).covers(writable) {
-            // [W4] Some have it and some cannot: those that cannot are put out.
+        } else {
+            self.suspect_those_that_failed(seq, now_ms, effects);
+        }
+    }
+
+    /// [W4] When all have answered, and some have it and some cannot: those that cannot are put out.
+    fn suspect_those_that_failed(&mut self, seq: Seq, now_ms: u64, effects: &mut Vec<Effect>) {
+        let writable = self.configuration.writable();
+        let Some(m) = self.mutations.get(&seq) else { return };
+        let (acknowledged, failed) = (m.acknowledged, m.failed);
+        if !acknowledged.is_empty() && acknowledged.or(failed).covers(writable) {
             for slot in failed.iter() {
                 self.suspect(slot, now_ms, effects);
             }
+        }
+    }
+
+    /// The leader may not have heard that a brick failed a mutation: it is told until it acts.
+    pub(super) fn suspect_again(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        let failed: Vec<Seq> = self.mutations.iter().filter(|(_, m)| !m.failed.is_empty()).map(|(s, _)| *s).collect();
+        for seq in failed {
+            self.suspect_those_that_failed(seq, now_ms, effects);
         }
     }
 
