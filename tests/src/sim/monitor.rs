@@ -124,7 +124,10 @@ impl Monitor {
             self.cold_since_ms = None;
         }
         for slot in c.writable().iter() {
-            let agreed = self.live(log, now_ms, slot).is_some_and(|b| b.agreed && b.n == n);
+            // An agreement lasts until the brick is `InSync` again, so it says nothing about a `Syncing` one.
+            let agreed = self.live(log, now_ms, slot).is_some_and(|b| {
+                b.agreed && b.n == n && (b.failed || b.stopping || c.state(slot) == BrickState::InSync)
+            });
             let silent = self.answered_ms[slot.index()] + lapse <= now_ms && self.since_ms + lapse <= now_ms;
             let useless = c.state(slot) == BrickState::Syncing && self.suspected[slot.index()] == Some(n);
             if (agreed || silent || useless) && self.may_go(log, now_ms, slot) {
