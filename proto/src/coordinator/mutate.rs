@@ -28,8 +28,8 @@ pub(super) struct Flushing {
     pub(super) since_ms: u64,
     pub(super) done: Slots,
     sent: bool,
-    /// It covers mutations up to here.
-    upto: Seq,
+    /// Everything that had been started was acknowledged when it was sent, and this many had been.
+    covers: Option<u64>,
     pub(super) needs_lease: bool,
 }
 
@@ -110,6 +110,7 @@ impl Coordinator {
     ) {
         let seq = self.take_seq();
         self.dirty = true;
+        self.started += 1;
         self.mutations.insert(
             seq,
             InFlight {
@@ -202,7 +203,7 @@ impl Coordinator {
             since_ms: now_ms,
             done: Slots::NONE,
             sent: false,
-            upto: Seq(self.next_seq.0 - 1),
+            covers: None,
             needs_lease: !holding,
         });
         if holding {
@@ -211,12 +212,12 @@ impl Coordinator {
     }
 
     pub(super) fn send_flushes(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
-        let upto = Seq(self.next_seq.0 - 1);
+        let covers = (self.mutations.is_empty() && self.orphans.is_empty()).then_some(self.started);
         let mut numbers = Vec::new();
         for flush in self.flushes.iter_mut().filter(|f| !f.sent) {
             flush.sent = true;
             flush.needs_lease = false;
-            flush.upto = upto;
+            flush.covers = covers;
             numbers.push(flush.number);
         }
         for number in numbers {
@@ -234,7 +235,7 @@ impl Coordinator {
             return;
         }
         let flush = self.flushes.remove(at);
-        if flush.upto.0 + 1 == self.next_seq.0 && self.mutations.is_empty() {
+        if flush.covers == Some(self.started) {
             self.dirty = false;
         }
         if let Some(op) = flush.op {
