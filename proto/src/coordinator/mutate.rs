@@ -5,6 +5,9 @@ use super::{Body, Completion, Coordinator, Effect, MAX_IN_FLIGHT, Mutation, OpId
 use crate::config::{Slot, Slots};
 use crate::types::{ByteRange, Seq};
 
+/// How long after a brick has failed a mutation that others have applied it is asked again.
+const RETRY_FAILED_MS: u64 = 500;
+
 /// A mutation that was sent and is not acknowledged by every writable brick yet.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InFlight {
@@ -15,6 +18,8 @@ pub(super) struct InFlight {
     acknowledged: Slots,
     failed: Slots,
     errno: i32,
+    /// When a brick failed it last.
+    failed_ms: u64,
     /// The application has its answer already.
     pub(super) answered: bool,
 }
@@ -121,6 +126,7 @@ impl Coordinator {
                 acknowledged: Slots::NONE,
                 failed: Slots::NONE,
                 errno: 0,
+                failed_ms: 0,
                 answered: false,
             },
         );
@@ -150,6 +156,7 @@ impl Coordinator {
         let writable = self.configuration.writable();
         let Some(m) = self.mutations.get_mut(&seq) else { return };
         m.failed.insert(slot);
+        m.failed_ms = now_ms;
         m.errno = errno;
         let (failed, op) = (m.failed, m.op);
         if failed.covers(writable) {
@@ -177,11 +184,24 @@ impl Coordinator {
         }
     }
 
-    /// The leader may not have heard that a brick failed a mutation: it is told until it acts.
-    pub(super) fn suspect_again(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
-        let failed: Vec<Seq> = self.mutations.iter().filter(|(_, m)| !m.failed.is_empty()).map(|(s, _)| *s).collect();
-        for seq in failed {
-            self.suspect_those_that_failed(seq, now_ms, effects);
+    /// A brick that failed a mutation which others have applied cannot always be put out [E2], and the leader may not have
+    /// heard of it: until the configuration changes it is reported and asked again, for what it lacked may be there by then.
+    pub(super) fn retry_failed(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        let writable = self.configuration.writable();
+        let mut due = Vec::new();
+        for (seq, m) in &mut self.mutations {
+            let mixed =
+                !m.failed.is_empty() && !m.acknowledged.is_empty() && m.acknowledged.or(m.failed).covers(writable);
+            if mixed && m.failed_ms + RETRY_FAILED_MS <= now_ms {
+                due.push((*seq, m.op, m.mutation, m.failed.and(writable)));
+                m.failed = Slots::NONE;
+            }
+        }
+        for (seq, op, mutation, failed) in due {
+            for slot in failed.iter() {
+                self.suspect(slot, now_ms, effects);
+                self.send(slot, Job::Mutation(seq), Body::Mutate(op, mutation), seq, now_ms, effects);
+            }
         }
     }
 

@@ -209,7 +209,7 @@ impl Coordinator {
         for slot in late.iter() {
             self.suspect(slot, now_ms, effects);
         }
-        self.suspect_again(now_ms, effects);
+        self.retry_failed(now_ms, effects);
         self.hedge_reads(now_ms, effects);
         if let Some(limit) = self.timeouts.no_quorum_ms {
             self.give_up(limit, now_ms, effects);
