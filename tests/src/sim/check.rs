@@ -67,6 +67,7 @@ impl World {
                 self.count("cold start with loss");
                 let disk = self.bricks[i].disk.clone();
                 self.history.cold_start(new.n, &disk);
+                self.forgive_reads();
             }
         }
     }

@@ -298,10 +298,8 @@ impl World {
                     self.fail(|| format!("read {} completed without bytes", op.0));
                     return;
                 };
-                // A cold start may have lost what was needed when the read began.
-                let now = self.history.needs(pending.ino);
                 for b in first..first + count {
-                    let need = needs[b].at_most(now[b]);
+                    let need = needs[b];
                     if let Err(why) = self.history.check(pending.ino, b, content.blocks[b], need) {
                         self.fail(|| format!("I2: read {} of c{c}: {why}", op.0));
                     }
@@ -310,6 +308,18 @@ impl World {
             (What::Flush(ops), Completion::Done) => self.history.flushed(&ops),
             (What::Stat, Completion::Stat(_)) | (What::Flush(_), Completion::LeaseLost) => {}
             (what, completion) => self.fail(|| format!("operation {} {what:?} ended in {completion:?}", op.0)),
+        }
+    }
+
+    /// A cold start has lost what reads that are under way would have had to see.
+    pub(super) fn forgive_reads(&mut self) {
+        for pending in self.clients.iter_mut().flat_map(|c| c.pending.values_mut()) {
+            if let What::Read { needs, .. } = &mut pending.what {
+                let now = self.history.needs(pending.ino);
+                for (need, now) in needs.iter_mut().zip(now) {
+                    *need = need.at_most(now);
+                }
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use mortar_proto::metadata::monitor::Beat;
 use mortar_proto::metadata::{Command, Effect, Outcome};
 use mortar_proto::types::{BootId, ConfigNo, Epoch, Incarnation, Ino, LogIndex, SessionId};
 
-use super::log::{Log, SET};
+use super::log::Log;
 use super::monitor::Monitor;
 use super::world::{CLIENTS, Happening, Node, TIMING, World};
 
@@ -225,7 +225,7 @@ impl World {
         (session, client, generation, number): (SessionId, usize, u64, u64),
         ino: Ino,
         from: Option<(SessionId, Epoch, bool)>,
-    ) {
+    ) -> bool {
         let outcome = self.commit(Some((session, number)), &Command::LeaseGrant { ino, to: session, from });
         let grant = match outcome {
             Outcome::Lease { epoch, recover, .. } => Some((epoch, recover)),
@@ -233,6 +233,7 @@ impl World {
         };
         let message = FromLeader::Granted { client, generation, session, ino, number, grant };
         self.send(Node::Leader, Node::Client(client), false, Happening::FromLeader(message));
+        grant.is_some()
     }
 
     pub(super) fn leader_gets(&mut self, message: ToLeader) {
@@ -282,9 +283,13 @@ impl World {
                 let asker = (session, client, generation, number);
                 let Some(lease) = self.leader.log.leases.get(&ino).copied() else { return };
                 match lease.holder {
-                    None => self.grant(asker, ino, None),
+                    None => {
+                        self.grant(asker, ino, None);
+                    }
                     // Our own, which we do not know of or have given up: what it left is to be settled.
-                    Some(holder) if holder == session => self.grant(asker, ino, Some((session, lease.epoch, false))),
+                    Some(holder) if holder == session => {
+                        self.grant(asker, ino, Some((session, lease.epoch, false)));
+                    }
                     Some(_) => {
                         self.leader.waiting.insert(ino, asker);
                         self.recall(ino);
@@ -294,17 +299,16 @@ impl World {
             ToLeader::Release { client, generation, session, ino, number, epoch, finished } => {
                 let held =
                     self.leader.log.leases.get(&ino).is_some_and(|l| l.holder == Some(session) && l.epoch == epoch);
-                match self.leader.waiting.remove(&ino) {
-                    Some(asker) if held => self.grant(asker, ino, Some((session, epoch, finished))),
-                    _ => {
-                        let command = Command::LeaseRelease { ino, session, epoch, finished };
-                        self.commit(Some((session, number)), &command);
-                    }
+                let asker = self.leader.waiting.remove(&ino).filter(|_| held);
+                // The one who waited may be gone: then nobody gets it.
+                let granted = asker.is_some_and(|a| self.grant(a, ino, Some((session, epoch, finished))));
+                if !granted {
+                    let command = Command::LeaseRelease { ino, session, epoch, finished };
+                    self.commit(Some((session, number)), &command);
                 }
                 let message = FromLeader::Released { client, generation, ino, number };
                 self.send(Node::Leader, Node::Client(client), false, Happening::FromLeader(message));
             }
         }
-        let _ = SET;
     }
 }
