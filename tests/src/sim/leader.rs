@@ -225,7 +225,7 @@ impl World {
         (session, client, generation, number): (SessionId, usize, u64, u64),
         ino: Ino,
         from: Option<(SessionId, Epoch, bool)>,
-    ) -> bool {
+    ) {
         let outcome = self.commit(Some((session, number)), &Command::LeaseGrant { ino, to: session, from });
         let grant = match outcome {
             Outcome::Lease { epoch, recover, .. } => Some((epoch, recover)),
@@ -233,7 +233,6 @@ impl World {
         };
         let message = FromLeader::Granted { client, generation, session, ino, number, grant };
         self.send(Node::Leader, Node::Client(client), false, Happening::FromLeader(message));
-        grant.is_some()
     }
 
     pub(super) fn leader_gets(&mut self, message: ToLeader) {
@@ -300,9 +299,13 @@ impl World {
                 let held =
                     self.leader.log.leases.get(&ino).is_some_and(|l| l.holder == Some(session) && l.epoch == epoch);
                 let asker = self.leader.waiting.remove(&ino).filter(|_| held);
-                // The one who waited may be gone: then nobody gets it.
-                let granted = asker.is_some_and(|a| self.grant(a, ino, Some((session, epoch, finished))));
-                if !granted {
+                if let Some(asker) = asker {
+                    self.grant(asker, ino, Some((session, epoch, finished)));
+                }
+                // The one who waited may be gone, or may have had its answer long ago: then nobody gets it.
+                let still =
+                    self.leader.log.leases.get(&ino).is_some_and(|l| l.holder == Some(session) && l.epoch == epoch);
+                if still || !held {
                     let command = Command::LeaseRelease { ino, session, epoch, finished };
                     self.commit(Some((session, number)), &command);
                 }
