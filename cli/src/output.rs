@@ -62,9 +62,10 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
-/// The table as text, its right edge not padded.
+/// The table as text, its edges not padded.
 pub fn text_of(table: &Table) -> String {
-    table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+    let line = |line: &str| line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned();
+    table.to_string().lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// A number, to the right.

@@ -36,7 +36,7 @@ pub enum ServerCommand {
     Remove {
         /// Its address or its id, as 'mortar server list' shows them
         #[arg(value_name = "SERVER")]
-        server: String,
+        which: String,
     },
     /// Show the servers as the cluster's leader knows them
     List,
@@ -55,7 +55,7 @@ pub enum ServerCommand {
 pub async fn run(command: ServerCommand, cluster: &Cluster, output: Output) -> Outcome {
     match command {
         ServerCommand::Add { addresses } => add(cluster, output, &addresses).await,
-        ServerCommand::Remove { server } => remove(cluster, output, &server).await,
+        ServerCommand::Remove { which } => remove(cluster, output, &which).await,
         ServerCommand::List => {
             let list = cluster.ask(async |mut client| client.server_list(Empty {}).await).await?;
             output.show(&list_json(&list), || list_text(&list));

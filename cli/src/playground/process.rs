@@ -132,7 +132,7 @@ where
     command.process_group(0);
     let child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
     let pid = i32::try_from(child.id()).context("a pid beyond the kernel's limit")?;
-    Id::of(pid).with_context(|| format!("{} was gone at once; see {}", program.display(), log.display()))
+    Id::of(pid).with_context(|| format!("{} was gone at once; {}", program.display(), last_lines(log)))
 }
 
 /// Finds one of Mortar's programs: beside this one, else in `PATH`.
