@@ -34,14 +34,14 @@ use output::Output;
     version,
     max_term_width = 120,
     after_long_help = "\
-Which servers are asked: those of --server, else of MORTAR_SERVERS, else of /etc/mortar/cli.toml (servers = [\"s1\", \"s2\"]),
+Which servers are asked: those of --server, else of MORTAR_SERVERS, else of /etc/mortar/cli.toml (servers = [\"s1\", \"s2\"]), \
 else localhost. Any server of the cluster will do; name several, so that the command works while one is down.
 
 Exit codes: 0 done, 1 refused or failed, 2 called wrongly.
 
 Examples: three servers, one volume
   mortar --server s1 server add s2 s3
-  mortar --server s1,s2,s3 volume create vmstore replica 3 s1:/bricks/b1/data s2:/bricks/b1/data s3:/bricks/b1/data
+  mortar --server s1,s2,s3 volume create vmstore replica 3 s1:/b1/d s2:/b1/d s3:/b1/d
   mortar --server s1,s2,s3 volume start vmstore
   mount -t mortar s1,s2,s3:/vmstore /var/lib/libvirt/images
 A first look on one machine

@@ -16,11 +16,10 @@ use crate::{heal, options, report};
 pub enum VolumeCommand {
     /// Make a volume from empty directories on XFS, three a replica set
     #[command(after_help = "\
-Each three bricks in a row, in the order given, make one replica set: every file lives on the three bricks of one set.
-Each brick must be an empty directory (or one that does not exist yet) on an XFS file system, below its mount point, so
+Each three bricks in a row, in the order given, make one replica set: every file lives on the three bricks of one set. Each brick must be an empty directory (or one that does not exist yet) on an XFS file system, below its mount point, so \
 that a disk that is not mounted is noticed and not written beside. S may be host, host:port, or [v6]:port.
 
---force lifts what is a matter of taste: bricks on the root file system, and one server twice in a set. It never lifts
+--force lifts what is a matter of taste: bricks on the root file system, and one server twice in a set. It never lifts \
 what would lose data: a directory that is not empty, or a brick of another volume.
 
 Examples:

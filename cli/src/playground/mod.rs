@@ -33,10 +33,10 @@ const VOLUME: &str = "vmstore";
 pub enum PlaygroundCommand {
     /// Start servers, make and start the volume 'vmstore', mount it if asked to
     #[command(after_help = "\
-Starts mortar-brickd processes on the loopback address with ports of the kernel's choice, joins them to one cluster, and
+Starts mortar-brickd processes on the loopback address with ports of the kernel's choice, joins them to one cluster, and \
 makes the volume 'vmstore' with one brick on each. When anything fails, what was started is undone.
 
-Bricks need XFS. With --xfs (as root) each gets a file system of its own in a sparse file; else they are directories
+Bricks need XFS. With --xfs (as root) each gets a file system of its own in a sparse file; else they are directories \
 under DIR, which must then be on XFS.
 
 Examples:
