@@ -2,14 +2,14 @@
 //! `mortar_proto`'s, which the servers check by too.
 
 use comfy_table::{ColumnConstraint, ContentArrangement, Width};
-use mortar_proto::metadata::options::{OPTIONS, OptionSpec, check as check_value};
+use mortar_proto::metadata::options::{OPTIONS, VolumeOption, check as check_value};
 use serde_json::{Value, json};
 
 use crate::failure::{Failure, Outcome};
 use crate::output::{table, text_of};
 
 /// All options, in the table's order.
-pub fn all() -> &'static [OptionSpec] {
+pub fn all() -> &'static [VolumeOption] {
     OPTIONS
 }
 
@@ -17,7 +17,7 @@ pub fn all() -> &'static [OptionSpec] {
 ///
 /// # Errors
 /// When there is none; names the nearest.
-pub fn find(key: &str) -> Outcome<&'static OptionSpec> {
+pub fn find(key: &str) -> Outcome<&'static VolumeOption> {
     if let Some(option) = all().iter().find(|option| option.key == key) {
         return Ok(option);
     }
@@ -36,13 +36,8 @@ pub fn find(key: &str) -> Outcome<&'static OptionSpec> {
 /// When there is no such option, or the value is not of its type or range.
 pub fn check(key: &str, value: &str) -> Outcome {
     let option = find(key)?;
-    check_value(key, value).map_err(|why| {
-        Failure::usage(format!(
-            "'{value}' cannot be the value of {key}: {why}. Allowed: {}; default: {}.",
-            option.range,
-            shown(option.default)
-        ))
-    })
+    check_value(key, Some(value))
+        .map_err(|why| Failure::usage(format!("{why}. The default is {}.", shown(option.default))))
 }
 
 /// A value as people see it: an empty one is visible too.
@@ -52,7 +47,7 @@ pub fn shown(value: &str) -> String {
 
 /// `volume options --json`
 pub fn table_json() -> Value {
-    let row = |option: &OptionSpec| json!({ "key": option.key, "default": option.default, "range": option.range, "meaning": option.meaning });
+    let row = |option: &VolumeOption| json!({ "key": option.key, "default": option.default, "range": option.kind.range(), "meaning": option.meaning });
     json!({ "options": all().iter().map(row).collect::<Vec<_>>() })
 }
 
@@ -60,7 +55,7 @@ pub fn table_json() -> Value {
 pub fn table_text() -> String {
     let mut rows = table(&["option", "default", "range", "meaning"]);
     for option in all() {
-        rows.add_row(vec![option.key, &shown(option.default), option.range, option.meaning]);
+        rows.add_row(vec![option.key, &shown(option.default), &option.kind.range(), option.meaning]);
     }
     // Meanings are sentences: wrapped, so that the rows stay readable on a terminal and in a mail.
     rows.set_content_arrangement(ContentArrangement::Dynamic).set_width(120);
