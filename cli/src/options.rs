@@ -80,8 +80,8 @@ mod tests {
     #[test]
     fn every_option_has_a_default_that_is_allowed_and_says_what_it_means() {
         for option in all() {
-            check_value(option.key, option.default).unwrap();
-            assert!(!option.range.is_empty() && !option.meaning.is_empty(), "{}", option.key);
+            check_value(option.key, Some(option.default)).unwrap();
+            assert!(!option.kind.range().is_empty() && !option.meaning.is_empty(), "{}", option.key);
         }
     }
 }
