@@ -1,5 +1,6 @@
 //! The Mortar server: bricks, and its share of the metadata log.
 
+pub mod bricks;
 pub mod identity;
 pub mod log;
 pub mod store;
