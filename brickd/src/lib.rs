@@ -2,6 +2,8 @@
 
 pub mod bricks;
 pub mod identity;
+pub mod janitor;
 pub mod log;
+pub mod serve;
 pub mod store;
 pub mod tree;
