@@ -145,7 +145,7 @@ async fn steps(
     }
     let (first, others) = playground.servers.split_first().context("a playground has servers")?;
     let address = Address::parse(&first.address).map_err(|why| anyhow!(why))?;
-    let cluster = Cluster::new(Contact::of(vec![address]));
+    let cluster = Cluster::patient(Contact::of(vec![address]));
     for server in others {
         output.progress(&format!("adding server {} ({})", server.number, server.address));
         let request = ServerAddRequest { address: server.address.clone() };
