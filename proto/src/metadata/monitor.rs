@@ -1,10 +1,14 @@
 //! What the leader proposes: from heartbeats, reports and time to commands `[E1]`..`[E6]`, `[E8]`, `[S4]`. Pure; one lives from
-//! an election to the next. Being written.
+//! an election to the next.
+//!
+//! A brick *lives* when its registered incarnation was answered a heartbeat within the read lease and a margin. What a brick
+//! reports counts under the configuration it was made under only.
 
 use super::command::{Command, Registration};
 use super::state::State;
-use crate::config::{Slot, Slots};
-use crate::types::{BrickId, ConfigNo, SetId};
+use crate::config::{BrickState, Configuration, Slot, Slots};
+use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
+use std::collections::BTreeMap;
 
 /// What a brick says in a heartbeat.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,25 +46,280 @@ pub struct Timing {
     pub back_off_max_ms: u64,
 }
 
+/// The wait of a brick that is put out again is at its first value if it was well for this long.
+const FORGIVEN_AFTER_MS: u64 = 120_000;
+
+#[derive(Clone, Copy, Debug)]
+struct Heard {
+    beat: Beat,
+    /// When its last heartbeat was answered.
+    answered_ms: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Past {
+    /// Times it was put out of late.
+    failures: u32,
+    /// When it was seen to be `Out` first, this time.
+    out_since_ms: Option<u64>,
+    /// When it was put out last.
+    failed_ms: u64,
+}
+
 /// The leader's view of who lives.
 #[derive(Debug)]
-pub struct Monitor {}
+pub struct Monitor {
+    timing: Timing,
+    elected_ms: u64,
+    heard: BTreeMap<BrickId, Heard>,
+    /// Bricks that clients complained of, and the configuration under which.
+    suspected: BTreeMap<BrickId, ConfigNo>,
+    past: BTreeMap<BrickId, Past>,
+    /// When a second brick of a set that waits for its cold start had registered `[E6]`.
+    cold_since_ms: BTreeMap<SetId, u64>,
+}
 
 impl Monitor {
     /// At an election: nobody was heard yet, and everybody counts as answered just now `[E1]`.
     #[must_use]
-    pub fn new(_timing: Timing, _now_ms: u64) -> Self {
-        Self {}
+    pub fn new(timing: Timing, now_ms: u64) -> Self {
+        Self {
+            timing,
+            elected_ms: now_ms,
+            heard: BTreeMap::new(),
+            suspected: BTreeMap::new(),
+            past: BTreeMap::new(),
+            cold_since_ms: BTreeMap::new(),
+        }
     }
+
+    /// Changes the times.
+    pub fn set_timing(&mut self, timing: Timing) {
+        self.timing = timing;
+    }
+
+    /// How long nothing must have been answered before a brick surely serves no reads `[E1]`.
+    fn silence_ms(&self) -> u64 {
+        self.timing.read_lease_ms + self.timing.clock_margin_ms
+    }
+
+    fn registered(state: &State, brick: BrickId) -> Incarnation {
+        let set = state.bricks.get(&brick).and_then(|b| state.sets.get(&b.set));
+        set.and_then(|s| s.configuration.slot_of(brick).map(|slot| s.configuration.members[slot.index()].incarnation))
+            .unwrap_or(Incarnation(0))
+    }
+
+    /// The brick's registered incarnation was answered of late.
+    #[must_use]
+    pub fn living(&self, state: &State, brick: BrickId, now_ms: u64) -> bool {
+        self.heard.get(&brick).is_some_and(|h| {
+            h.answered_ms + self.silence_ms() > now_ms
+                && h.beat.registration.incarnation == Self::registered(state, brick)
+        })
+    }
+
+    /// When a heartbeat of the brick was answered last, if ever by this leader.
+    #[must_use]
+    pub fn last_answered_ms(&self, brick: BrickId) -> Option<u64> {
+        self.heard.get(&brick).map(|h| h.answered_ms)
+    }
+
+    /// What the brick said last.
+    #[must_use]
+    pub fn last_beat(&self, brick: BrickId) -> Option<Beat> {
+        self.heard.get(&brick).map(|h| h.beat)
+    }
+
     /// Heartbeats of a server's bricks are about to be answered. Returns the bricks to be asked to agree to their `Out`.
-    pub fn heartbeat(&mut self, _state: &State, _now_ms: u64, _beats: &[Beat]) -> Vec<BrickId> {
-        Vec::new()
+    pub fn heartbeat(&mut self, state: &State, now_ms: u64, beats: &[Beat]) -> Vec<BrickId> {
+        let mut asked = Vec::new();
+        for beat in beats {
+            let Some(row) = state.bricks.get(&beat.brick) else { continue };
+            let Some(set) = state.sets.get(&row.set) else { continue };
+            let Some(slot) = set.configuration.slot_of(beat.brick) else { continue };
+            self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms });
+            let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n);
+            // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out.
+            if suspected && !beat.agreed && self.may_put_out(state, &set.configuration, slot, now_ms) {
+                asked.push(beat.brick);
+            }
+        }
+        asked
     }
+
     /// A client says that a brick failed or did not answer, under configuration `n` `[W4]`.
-    pub fn suspect(&mut self, _state: &State, _now_ms: u64, _set: SetId, _n: ConfigNo, _slot: Slot) {}
+    pub fn suspect(&mut self, state: &State, _now_ms: u64, set: SetId, n: ConfigNo, slot: Slot) {
+        let Some(row) = state.sets.get(&set) else { return };
+        if row.configuration.n == n
+            && let Some(member) = row.configuration.members.get(slot.index())
+        {
+            self.suspected.insert(member.brick, n);
+        }
+    }
+
+    /// [E2] With `slot` out, an `InSync` brick stays that lives, and two that are written to.
+    fn may_put_out(&self, state: &State, configuration: &Configuration, slot: Slot, now_ms: u64) -> bool {
+        if configuration.state(slot) == BrickState::Out || configuration.writable().without(slot).count() < 2 {
+            return false;
+        }
+        configuration.in_sync().without(slot).iter().any(|s| {
+            let brick = configuration.members[s.index()].brick;
+            let well = self.heard.get(&brick).is_some_and(|h| !h.beat.failed && !h.beat.agreed);
+            well && self.living(state, brick, now_ms)
+        })
+    }
+
     /// What to propose now. Called at least every 50 ms and after each of the above; proposing the same again is harmless,
     /// since every command names the configuration it was made for.
-    pub fn poll(&mut self, _state: &State, _now_ms: u64) -> Vec<Command> {
-        Vec::new()
+    pub fn poll(&mut self, state: &State, now_ms: u64) -> Vec<Command> {
+        self.heard.retain(|brick, _| state.bricks.contains_key(brick));
+        self.past.retain(|brick, _| state.bricks.contains_key(brick));
+        self.cold_since_ms.retain(|set, _| state.sets.contains_key(set));
+        self.suspected.retain(|brick, n| {
+            let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
+            set.is_some_and(|s| s.configuration.n == *n)
+        });
+        // One change of a set at a time: the next one is judged by the configuration that this one makes.
+        state.sets.iter().filter_map(|(set, row)| self.next_change(state, *set, &row.configuration, now_ms)).collect()
+    }
+
+    fn next_change(
+        &mut self,
+        state: &State,
+        set: SetId,
+        configuration: &Configuration,
+        now_ms: u64,
+    ) -> Option<Command> {
+        for slot in Slot::ALL {
+            let brick = configuration.members[slot.index()].brick;
+            let past = self.past.entry(brick).or_default();
+            if configuration.state(slot) == BrickState::Out {
+                past.out_since_ms.get_or_insert(now_ms);
+            } else {
+                past.out_since_ms = None;
+            }
+        }
+        self.registration(state, configuration, now_ms)
+            .or_else(|| self.cold_start(state, set, configuration, now_ms))
+            .or_else(|| self.put_out(state, set, configuration, now_ms))
+            .or_else(|| self.promotion(state, set, configuration, now_ms))
+            .or_else(|| self.return_of_one(state, set, configuration, now_ms))
+    }
+
+    /// The start of a brick that the log does not know yet, still being heard.
+    fn new_start(&self, configuration: &Configuration, slot: Slot, now_ms: u64) -> Option<Registration> {
+        let member = configuration.members[slot.index()];
+        let heard = self.heard.get(&member.brick)?;
+        let fresh = heard.beat.registration.incarnation != member.incarnation;
+        (fresh && !heard.beat.failed && heard.answered_ms + self.silence_ms() > now_ms)
+            .then_some(heard.beat.registration)
+    }
+
+    /// [E5]
+    fn registration(&self, state: &State, configuration: &Configuration, now_ms: u64) -> Option<Command> {
+        for slot in Slot::ALL {
+            let member = configuration.members[slot.index()];
+            let Some(new) = self.new_start(configuration, slot, now_ms) else { continue };
+            let another_lives = configuration
+                .in_sync()
+                .without(slot)
+                .iter()
+                .any(|s| self.living(state, configuration.members[s.index()].brick, now_ms));
+            let first = member.incarnation == Incarnation(0);
+            if member.state != BrickState::InSync || another_lives || first {
+                let Registration { incarnation, boot, clean } = new;
+                return Some(Command::Register { brick: member.brick, incarnation, boot, clean });
+            }
+        }
+        None
+    }
+
+    /// [E6] No `InSync` brick has lived through.
+    fn cold_start(&mut self, state: &State, set: SetId, configuration: &Configuration, now_ms: u64) -> Option<Command> {
+        let in_sync = configuration.in_sync();
+        if in_sync.iter().any(|s| self.living(state, configuration.members[s.index()].brick, now_ms)) {
+            self.cold_since_ms.remove(&set);
+            return None;
+        }
+        let registered = Slot::ALL.map(|slot| self.new_start(configuration, slot, now_ms));
+        let back: Slots = in_sync.iter().filter(|s| registered[s.index()].is_some()).collect();
+        if back.count() >= 2 {
+            self.cold_since_ms.entry(set).or_insert(now_ms);
+        } else {
+            self.cold_since_ms.remove(&set);
+        }
+        let waited = self.cold_since_ms.get(&set).is_some_and(|at| at + self.timing.cold_start_wait_ms <= now_ms);
+        // One that was not heard may be alive and serve reads for as long as its lease lasts [E1].
+        let silent = now_ms >= self.elected_ms + self.silence_ms();
+        if !(back == in_sync || (back.count() >= 2 && waited && silent)) {
+            return None;
+        }
+        let kept = |s: &Slot| registered[s.index()].is_some_and(|r| r.boot == configuration.members[s.index()].boot);
+        let clean = |s: &Slot| registered[s.index()].is_some_and(|r| r.clean);
+        let source = back.iter().max_by_key(|s| (kept(s), clean(s), core::cmp::Reverse(s.0)))?;
+        Some(Command::ColdStart { set, n: configuration.n, source, registered })
+    }
+
+    /// [E1], [E2], [E4]
+    fn put_out(&mut self, state: &State, set: SetId, configuration: &Configuration, now_ms: u64) -> Option<Command> {
+        for slot in configuration.writable().iter() {
+            let brick = configuration.members[slot.index()].brick;
+            let heard = self.heard.get(&brick);
+            let registered = Self::registered(state, brick);
+            let own = heard.filter(|h| h.beat.registration.incarnation == registered).map(|h| h.beat);
+            let wants = own.is_some_and(|b| b.failed || b.stopping || b.agreed);
+            let suspected = self.suspected.get(&brick) == Some(&configuration.n);
+            if !wants && !suspected {
+                continue;
+            }
+            let agreed = own.is_some_and(|b| b.agreed || b.failed || b.stopping);
+            let last = heard.map_or(self.elected_ms, |h| h.answered_ms.max(self.elected_ms));
+            let silent = now_ms >= last + self.silence_ms();
+            // A Syncing brick serves no reads, so nothing has to run out.
+            let serves_none = configuration.state(slot) == BrickState::Syncing;
+            if (agreed || silent || serves_none) && self.may_put_out(state, configuration, slot, now_ms) {
+                let past = self.past.entry(brick).or_default();
+                if past.out_since_ms.is_none() && past.failed_ms + 1000 < now_ms {
+                    past.failures = if past.failed_ms + FORGIVEN_AFTER_MS < now_ms { 1 } else { past.failures + 1 };
+                    past.failed_ms = now_ms;
+                }
+                return Some(Command::PutOut { set, n: configuration.n, slot });
+            }
+        }
+        None
+    }
+
+    /// [S4]
+    fn promotion(&self, state: &State, set: SetId, configuration: &Configuration, now_ms: u64) -> Option<Command> {
+        let report = |slot: Slot| {
+            let brick = configuration.members[slot.index()].brick;
+            let heard = self.heard.get(&brick)?;
+            (heard.beat.n == configuration.n && self.living(state, brick, now_ms)).then_some(heard.beat)
+        };
+        for slot in configuration.syncing().iter() {
+            let empty = configuration.in_sync().iter().all(|s| report(s).is_some_and(|b| b.missed_empty.has(slot)));
+            if empty && report(slot).is_some_and(|b| b.repaired && !b.failed && !b.stopping) {
+                return Some(Command::Promote { set, n: configuration.n, slot });
+            }
+        }
+        None
+    }
+
+    /// [E8] A brick that was put out and lives comes back, after a while that grows with its failures.
+    fn return_of_one(&self, state: &State, set: SetId, configuration: &Configuration, now_ms: u64) -> Option<Command> {
+        for slot in configuration.out().iter() {
+            let brick = configuration.members[slot.index()].brick;
+            let Some(heard) = self.heard.get(&brick) else { continue };
+            if !self.living(state, brick, now_ms) || heard.beat.failed || heard.beat.stopping {
+                continue;
+            }
+            let past = self.past.get(&brick).copied().unwrap_or_default();
+            let doublings = past.failures.saturating_sub(1).min(16);
+            let wait = (self.timing.back_off_ms << doublings).min(self.timing.back_off_max_ms);
+            if past.out_since_ms.is_some_and(|at| at + wait <= now_ms) {
+                return Some(Command::Rejoin { set, n: configuration.n, slot });
+            }
+        }
+        None
     }
 }

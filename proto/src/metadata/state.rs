@@ -167,6 +167,8 @@ pub struct Lease {
     pub holder: Option<SessionId>,
     /// Who held it last.
     pub last: SessionId,
+    /// What the last grant said to its holder, in case it asks again.
+    pub recover: bool,
     /// The last holder did not finish `[W2]` or did not release: the next grant has `recover`. A file that was never
     /// leased is settled.
     pub unsettled: bool,

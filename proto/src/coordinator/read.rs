@@ -1,0 +1,127 @@
+//! Reads and questions, from whichever `InSync` brick answers `[R3]`, `[R4]`.
+
+use super::requests::Job;
+use super::{Answer, Body, Completion, Coordinator, Effect, OpId};
+use crate::config::{Slot, Slots};
+use crate::types::Seq;
+
+/// How long a read that no brick could answer waits before it goes round again `[E3]`.
+const AROUND_AGAIN_MS: u64 = 50;
+
+/// A read under way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    body: Body,
+    pub(super) since_ms: u64,
+    /// Bricks that were asked in this round.
+    tried: Slots,
+    /// Requests that are out.
+    asked: u32,
+    asked_ms: u64,
+    /// When to go round again, if no brick is left.
+    again_ms: Option<u64>,
+}
+
+impl Coordinator {
+    pub(super) fn start_read(&mut self, op: OpId, body: Body, now_ms: u64, effects: &mut Vec<Effect>) {
+        let reading =
+            Reading { body, since_ms: now_ms, tried: Slots::NONE, asked: 0, asked_ms: now_ms, again_ms: None };
+        self.reads.insert(op, reading);
+        self.ask_next(op, now_ms, effects);
+    }
+
+    /// Asks the next brick; prefers one that there is a connection to, and the same one for the same file, so that what it
+    /// has cached serves again.
+    fn ask_next(&mut self, op: OpId, now_ms: u64, effects: &mut Vec<Effect>) {
+        let Some(reading) = self.reads.get_mut(&op) else { return };
+        let left = self.configuration.in_sync().minus(reading.tried).and(self.links);
+        let first = (self.ino.0 % 3) as u8;
+        let next = (0..3).map(|i| Slot((first + i) % 3)).find(|slot| left.has(*slot));
+        match next {
+            Some(slot) => {
+                reading.tried.insert(slot);
+                reading.asked += 1;
+                reading.asked_ms = now_ms;
+                reading.again_ms = None;
+                let body = reading.body;
+                self.send(slot, Job::Read(op), body, Seq(0), now_ms, effects);
+            }
+            None if reading.asked == 0 => {
+                reading.tried = Slots::NONE;
+                reading.again_ms = Some(now_ms + AROUND_AGAIN_MS);
+            }
+            None => {}
+        }
+    }
+
+    pub(super) fn read_answered(
+        &mut self,
+        op: OpId,
+        slot: Slot,
+        answer: Answer,
+        now_ms: u64,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(reading) = self.reads.get_mut(&op) else { return };
+        reading.asked = reading.asked.saturating_sub(1);
+        let completion = match answer {
+            Answer::Bytes => Completion::Bytes,
+            Answer::Stat(stat) => Completion::Stat(stat),
+            Answer::Seek(at) => Completion::Seek(at),
+            Answer::Failed { brick, .. } => {
+                if brick {
+                    self.suspect(slot, now_ms, effects);
+                }
+                self.ask_next(op, now_ms, effects);
+                return;
+            }
+            _ => {
+                self.ask_next(op, now_ms, effects);
+                return;
+            }
+        };
+        self.reads.remove(&op);
+        self.outstanding.retain(|_, o| o.job != Job::Read(op));
+        effects.push(Effect::Complete(op, completion));
+        effects.push(Effect::Discard(op));
+    }
+
+    /// [R4] A slow read goes to a further brick as well; one that nobody could answer goes round again.
+    pub(super) fn hedge_reads(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        let due: Vec<OpId> = self
+            .reads
+            .iter()
+            .filter(|(_, r)| match r.again_ms {
+                Some(at) => at <= now_ms,
+                None => r.asked_ms + self.timeouts.hedge_ms <= now_ms,
+            })
+            .map(|(op, _)| *op)
+            .collect();
+        for op in due {
+            self.ask_next(op, now_ms, effects);
+        }
+    }
+
+    /// The configuration changed: reads that were sent to bricks that serve none any more go elsewhere.
+    pub(super) fn reassign_reads(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        let in_sync = self.configuration.in_sync();
+        let lost: Vec<(super::RequestId, OpId)> = self
+            .outstanding
+            .iter()
+            .filter_map(|(id, o)| match o.job {
+                Job::Read(op) if !in_sync.has(o.slot) => Some((*id, op)),
+                _ => None,
+            })
+            .collect();
+        for reading in self.reads.values_mut() {
+            reading.tried = reading.tried.and(in_sync);
+        }
+        for (id, op) in lost {
+            self.outstanding.remove(&id);
+            if let Some(reading) = self.reads.get_mut(&op) {
+                reading.asked = reading.asked.saturating_sub(1);
+            }
+            self.ask_next(op, now_ms, effects);
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Fences, and settling what an earlier holder left in doubt `[W2]`. Roll forward, never back: someone may have read it.
+
+use super::requests::Job;
+use super::{Body, Coordinator, Effect, Phase};
+use crate::config::{Configuration, Slot, Slots};
+use crate::replica::Doubt;
+use crate::types::{ByteRange, Epoch, MAX_IO_BYTES, Seq};
+
+/// Ranges that are recovered at the same time.
+const PARALLEL: usize = 8;
+
+/// What is to be copied from where.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Item {
+    range: ByteRange,
+    /// It is the size that is copied.
+    size: bool,
+    source: Slot,
+    /// The numbers that it stays in doubt under.
+    from: (Epoch, Seq),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Recovery {
+    items: Vec<Item>,
+    next: usize,
+    /// Of each item that has been started: bricks that have not answered.
+    left: Vec<Slots>,
+}
+
+impl Coordinator {
+    pub(super) fn begin_fence(&mut self, recover: bool, now_ms: u64, effects: &mut Vec<Effect>) {
+        self.phase =
+            Phase::Fencing { recover, fenced: Slots::NONE, lists: [Vec::new(), Vec::new(), Vec::new()], sizes: [0; 3] };
+        for slot in self.configuration.writable().iter() {
+            self.send(slot, Job::Fence, Body::Fence, Seq(0), now_ms, effects);
+        }
+    }
+
+    pub(super) fn fenced(&mut self, slot: Slot, in_doubt: Vec<Doubt>, size: u64) {
+        if let Phase::Fencing { fenced, lists, sizes, .. } = &mut self.phase {
+            fenced.insert(slot);
+            lists[slot.index()] = in_doubt;
+            sizes[slot.index()] = size;
+        }
+    }
+
+    pub(super) fn recovered(&mut self, item: usize, slot: Slot) {
+        if let Phase::Recovering(recovery) = &mut self.phase
+            && let Some(left) = recovery.left.get_mut(item)
+        {
+            left.remove(slot);
+        }
+    }
+
+    pub(super) fn advance_recovery(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        if matches!(self.phase, Phase::Holding) && self.only_failed_left() {
+            self.repairs = [None, None, None];
+            self.waiting.retain(|w| !matches!(w, super::Waiting::Repair { .. }));
+            self.outstanding.retain(|_, o| matches!(o.job, Job::Read(_)));
+            for flush in &mut self.flushes {
+                flush.forget_sent();
+            }
+            self.begin_fence(true, now_ms, effects);
+        }
+        if let Phase::Fencing { recover, fenced, lists, sizes } = &self.phase {
+            // [W2] Every InSync and Syncing brick has answered.
+            if !fenced.covers(self.configuration.writable()) {
+                return;
+            }
+            let items = if *recover { items(&self.configuration, lists, sizes) } else { Vec::new() };
+            self.phase = Phase::Recovering(Recovery { items, next: 0, left: Vec::new() });
+        }
+        loop {
+            let Phase::Recovering(recovery) = &mut self.phase else { return };
+            let active = recovery.left.iter().filter(|left| !left.is_empty()).count();
+            // The size comes first and alone: ranges are copied into files of equal size.
+            let barrier = recovery.next > 0 && recovery.items[recovery.next - 1].size && active > 0;
+            if active >= PARALLEL || barrier {
+                return;
+            }
+            let Some(item) = recovery.items.get(recovery.next).copied() else {
+                if active == 0 {
+                    self.phase = Phase::Holding;
+                    self.drop_failed(effects);
+                    self.send_flushes(now_ms, effects);
+                }
+                return;
+            };
+            let index = recovery.next;
+            recovery.next += 1;
+            let writable = self.configuration.writable();
+            recovery.left.push(writable);
+            for slot in writable.iter() {
+                let (body, seq) = if slot == item.source {
+                    (Body::Note { range: item.range, sized: item.size }, Seq(0))
+                } else {
+                    let seq = self.take_seq();
+                    let doubt = Some(item.from);
+                    (Body::Pull { range: item.range, size: item.size, from: item.source, doubt }, seq)
+                };
+                self.send(slot, Job::Recovery(index), body, seq, now_ms, effects);
+            }
+        }
+    }
+}
+
+/// What [W2] copies: for each range in any list the content of the `InSync` brick that applied the highest `(e, seq)` there, or
+/// of any `InSync` brick if only `Syncing` ones list it. The size is treated alike, as one more range.
+fn items(configuration: &Configuration, lists: &[Vec<Doubt>; 3], sizes: &[u64; 3]) -> Vec<Item> {
+    let in_sync = configuration.in_sync();
+    let Some(any) = in_sync.iter().next() else { return Vec::new() };
+    let end = configuration.writable().iter().map(|s| sizes[s.index()]).max().unwrap_or(0);
+    let listed: Vec<(Slot, Doubt)> =
+        configuration.writable().iter().flat_map(|slot| lists[slot.index()].iter().map(move |d| (slot, *d))).collect();
+    // The highest numbers among those that `wanted` picks, and who takes part as source.
+    let choose = |wanted: &dyn Fn(&Doubt) -> bool| -> Option<(Slot, (Epoch, Seq))> {
+        let highest = |of: &dyn Fn(Slot) -> bool| {
+            listed
+                .iter()
+                .filter(|(s, d)| of(*s) && wanted(d))
+                .map(|(s, d)| ((d.epoch, d.seq), *s))
+                .max_by_key(|(key, s)| (*key, core::cmp::Reverse(s.0)))
+        };
+        match highest(&|s| in_sync.has(s)) {
+            Some((key, slot)) => Some((slot, key)),
+            None => highest(&|_| true).map(|(key, _)| (any, key)),
+        }
+    };
+    let mut items = Vec::new();
+    if let Some((source, from)) = choose(&|d| d.sized) {
+        items.push(Item { range: ByteRange::default(), size: true, source, from });
+    }
+    let mut cuts: Vec<u64> = Vec::new();
+    for (_, doubt) in &listed {
+        let range = doubt.range.to_blocks();
+        cuts.push(range.start.min(end));
+        cuts.push(range.end.min(ByteRange::at(0, end).to_blocks().end));
+    }
+    cuts.sort_unstable();
+    cuts.dedup();
+    for pair in cuts.windows(2) {
+        let piece = ByteRange { start: pair[0], end: pair[1] };
+        let Some((source, from)) = choose(&|d| d.range.to_blocks().overlaps(&piece)) else { continue };
+        let mut start = piece.start;
+        while start < piece.end {
+            // Pieces end at multiples of what one pull carries.
+            let stop = ((start / MAX_IO_BYTES + 1) * MAX_IO_BYTES).min(piece.end);
+            items.push(Item { range: ByteRange { start, end: stop }, size: false, source, from });
+            start = stop;
+        }
+    }
+    items
+}
