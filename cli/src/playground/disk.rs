@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::mount::{UnmountFlags, unmount};
 
+use super::process::mark;
 use super::record::Disk;
 
 /// The type of a volume's mount.
@@ -69,19 +70,19 @@ pub fn is_mount_point(path: &Path) -> bool {
     kind_at(path).is_some()
 }
 
-/// Makes the sparse file, an XFS in it, and mounts that.
+/// Makes the sparse file, an XFS in it, and mounts that, for the playground in `dir`.
 ///
 /// # Errors
 /// When one of these fails.
-pub fn make(disk: &Disk, size: u64) -> Result<()> {
+pub fn make(disk: &Disk, size: u64, dir: &Path) -> Result<()> {
     let image =
         std::fs::File::create_new(&disk.image).with_context(|| format!("cannot make {}", disk.image.display()))?;
     image.set_len(size).with_context(|| format!("cannot make {} {size} bytes large", disk.image.display()))?;
     drop(image);
-    run(Command::new("mkfs.xfs").arg("-q").arg(&disk.image), "install xfsprogs")?;
+    run(mark(&mut Command::new("mkfs.xfs"), dir).arg("-q").arg(&disk.image), "install xfsprogs")?;
     std::fs::create_dir(&disk.mount_point).with_context(|| format!("cannot make {}", disk.mount_point.display()))?;
     run(
-        Command::new("mount").args(["-t", "xfs", "-o", "loop"]).arg(&disk.image).arg(&disk.mount_point),
+        mark(&mut Command::new("mount"), dir).args(["-t", "xfs", "-o", "loop"]).arg(&disk.image).arg(&disk.mount_point),
         "is there a free loop device, and does this kernel know XFS?",
     )
 }
