@@ -1,6 +1,7 @@
 //! What `volume create` is given, and the checks that need no server. What only a server can know (is it XFS, is it empty,
 //! is it a brick already) is checked there.
 
+use mortar_proto::metadata::apply::check_volume_name;
 use mortar_proto::wire::cluster::BrickSpec;
 
 use crate::address::Address;
@@ -8,8 +9,6 @@ use crate::failure::{Failure, Outcome};
 
 /// Bricks in a replica set: the only number there is.
 pub const REPLICA: usize = 3;
-/// The longest name of a volume, in bytes.
-const NAME_MAX: usize = 64;
 
 /// Where one brick shall be.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,24 +62,12 @@ impl Brick {
     }
 }
 
-/// Checks a volume's name.
+/// Checks a volume's name, by the rule that the servers have.
 ///
 /// # Errors
 /// A usage failure with a sentence.
 pub fn check_name(name: &str) -> Outcome {
-    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    let why = if name.is_empty() {
-        "it is empty"
-    } else if name.len() > NAME_MAX {
-        "it is longer than 64 characters"
-    } else if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-        "it must begin with a letter or a digit"
-    } else if !name.chars().all(plain) {
-        "it may have only letters, digits, '.', '-' and '_'"
-    } else {
-        return Ok(());
-    };
-    Err(Failure::usage(format!("'{name}' cannot be a volume's name: {why}.")))
+    check_volume_name(name).map_err(Failure::Usage)
 }
 
 /// Reads `replica 3 S1:/path S2:/path S3:/path …`.

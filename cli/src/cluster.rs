@@ -2,7 +2,8 @@
 //!
 //! Each command first asks all servers it knows who they are, all at once. That tells the living from the hung (a stopped
 //! process still accepts connections), finds the leader, and keeps a fresh server, which is a cluster of its own, from
-//! taking a command that was meant for the cluster.
+//! taking a command that was meant for the cluster. A mount's control connection asks round until it is answered; a command
+//! must not, for what it asks for is not always harmless to do twice.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -44,6 +45,7 @@ pub struct Answer {
 /// The cluster, as far as this command knows it.
 pub struct Cluster {
     contact: Contact,
+    overall: Duration,
 }
 
 /// Whether a command may be sent again when its answer was lost.
@@ -56,7 +58,12 @@ enum Again {
 impl Cluster {
     /// Talks to these servers. Nothing is sent yet.
     pub fn new(contact: Contact) -> Self {
-        Self { contact }
+        Self { contact, overall: OVERALL }
+    }
+
+    /// Waits longer, where nobody is waiting at a terminal and the machine may be busy with starting the very servers.
+    pub fn patient(contact: Contact) -> Self {
+        Self { contact, overall: Duration::from_secs(60) }
     }
 
     /// The servers that were named, in order.
@@ -81,7 +88,7 @@ impl Cluster {
     }
 
     async fn call<T>(&self, again: Again, call: impl AsyncFn(Client) -> Result<Response<T>, Status>) -> Outcome<T> {
-        let deadline = Instant::now() + OVERALL;
+        let deadline = Instant::now() + self.overall;
         loop {
             let (address, client) = self.leader(deadline).await?;
             let lost = match timeout_at(deadline, call(client)).await {
@@ -89,7 +96,7 @@ impl Cluster {
                 Ok(Err(status)) if was_not_done(&status) => None,
                 Ok(Err(status)) if is_broken(&status) => Some("the connection broke before it answered".to_owned()),
                 Ok(Err(status)) => return Err(Failure::failed(sentence_of(&address, &status))),
-                Err(_) => Some(format!("it did not answer within {} s", OVERALL.as_secs())),
+                Err(_) => Some(format!("it did not answer within {} s", self.overall.as_secs())),
             };
             match lost {
                 Some(why) if again == Again::No => {

@@ -190,10 +190,7 @@ pub async fn run(command: VolumeCommand, cluster: &Cluster, output: Output) -> O
             let request = VolumeSetRequest { name: named(&name)?.name, key, value: String::new(), reset: true };
             let option = options::find(&request.key)?;
             cluster.change(async |mut client| client.volume_set(request.clone()).await).await?;
-            output.done(
-                "option reset",
-                &format!("{} of volume {name} is {} again.", option.key, options::shown(option.default)),
-            );
+            output.done("option reset", &format!("{} of volume {name} is {} again.", option.key, option.default));
             Ok(())
         }
         VolumeCommand::Get { name, key } => get(cluster, output, &name, key.as_deref()).await,
@@ -260,7 +257,7 @@ async fn get(cluster: &Cluster, output: Output, name: &str, key: Option<&str>) -
         }
         let mut table = crate::output::table(&["option", "value", ""]);
         for (key, value, set) in &rows {
-            table.add_row(vec![*key, &options::shown(value), if *set { "set" } else { "default" }]);
+            table.add_row(vec![*key, value, if *set { "set" } else { "default" }]);
         }
         crate::output::text_of(&table)
     });

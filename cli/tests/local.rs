@@ -11,11 +11,11 @@ const NOWHERE: &str = "--server 127.0.0.1:1";
 fn volume_create_refuses_each_mistake_with_its_own_sentence() {
     for (words, sentence) in [
         ("-x replica 3 a:/1 b:/2 c:/3", "unexpected argument"),
-        (".v replica 3 a:/1 b:/2 c:/3", "must begin with a letter or a digit"),
-        ("v/w replica 3 a:/1 b:/2 c:/3", "only letters, digits"),
+        (".v replica 3 a:/1 b:/2 c:/3", "\".v\" is no name for a volume"),
+        ("v/w replica 3 a:/1 b:/2 c:/3", "\"v/w\" is no name for a volume"),
         (
             "vvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvvv replica 3 a:/1 b:/2 c:/3",
-            "longer than 64",
+            "use 1 to 63 letters",
         ),
         ("v", "The word 'replica' and the bricks are missing"),
         ("v a:/1 b:/2 c:/3", "the word 'replica' must follow, not 'a:/1'"),
@@ -58,13 +58,14 @@ fn a_right_volume_create_gets_past_the_checks() {
 
 #[test]
 fn options_are_checked_before_anything_is_sent() {
-    mortar(&format!("{NOWHERE} volume set v io-timout 1s")).expect(2, "Is 'io-timeout' meant?");
-    mortar(&format!("{NOWHERE} volume set v auth.alow 1.2.3.4")).expect(2, "Is 'auth.allow' meant?");
-    mortar(&format!("{NOWHERE} volume reset v repair.rat")).expect(2, "Is 'repair.rate' meant?");
-    mortar(&format!("{NOWHERE} volume get v read-leas")).expect(2, "Is 'read-lease' meant?");
-    mortar(&format!("{NOWHERE} volume set v zzzzzz 1")).expect(2, "There is no option 'zzzzzz'.");
-    mortar(&format!("{NOWHERE} volume set v io-timeout soon")).expect(2, "'soon'");
-    mortar(&format!("{NOWHERE} volume set v storage.owner-uid -5")).expect(2, "'-5'");
+    mortar(&format!("{NOWHERE} volume set v io-timout 1s")).expect(2, "the nearest is \"io-timeout\"");
+    mortar(&format!("{NOWHERE} volume set v auth.alow 1.2.3.4")).expect(2, "the nearest is \"auth.allow\"");
+    mortar(&format!("{NOWHERE} volume reset v repair.rat")).expect(2, "the nearest is \"repair.rate\"");
+    mortar(&format!("{NOWHERE} volume get v read-leas")).expect(2, "the nearest is \"read-lease\"");
+    mortar(&format!("{NOWHERE} volume set v zzzzzz 1")).expect(2, "there is no option \"zzzzzz\"");
+    mortar(&format!("{NOWHERE} volume set v io-timeout soon"))
+        .expect(2, "\"soon\" for option io-timeout is not of its type");
+    mortar(&format!("{NOWHERE} volume set v storage.owner-uid -5")).expect(2, "\"-5\" for option");
     mortar(&format!("{NOWHERE} volume set v auth.allow 10.0.0.0/99")).expect(2, "10.0.0.0/99");
 }
 
@@ -79,10 +80,10 @@ fn what_cannot_be_undone_is_not_done_without_an_answer() {
 #[test]
 fn names_are_checked_by_every_command_that_takes_one() {
     for words in ["start", "stop --yes", "delete --yes", "info", "status", "get"] {
-        mortar(&format!("{NOWHERE} volume {words} a/b")).expect(2, "cannot be a volume's name");
+        mortar(&format!("{NOWHERE} volume {words} a/b")).expect(2, "\"a/b\" is no name for a volume");
     }
-    mortar(&format!("{NOWHERE} volume heal a/b info")).expect(2, "cannot be a volume's name");
-    mortar(&format!("{NOWHERE} volume set a/b io-timeout 1")).expect(2, "cannot be a volume's name");
+    mortar(&format!("{NOWHERE} volume heal a/b info")).expect(2, "\"a/b\" is no name for a volume");
+    mortar(&format!("{NOWHERE} volume set a/b io-timeout 1")).expect(2, "\"a/b\" is no name for a volume");
 }
 
 #[test]

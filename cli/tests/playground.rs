@@ -6,12 +6,17 @@ mod common;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use common::{Run, mortar};
 
 /// A daemon that runs and never says where it listens.
 const SILENT: &str = "while :; do sleep 0.2; done";
+
+/// A program cannot be started while any process has it open for writing, and a child has all that its parent has open until
+/// it starts its own program: so no test writes programs while another starts one.
+static WRITING: RwLock<()> = RwLock::new(());
 
 /// A folder with `mortar` and a `mortar-brickd` that is this script.
 struct Bench {
@@ -20,6 +25,7 @@ struct Bench {
 
 impl Bench {
     fn new(brickd: Option<&str>) -> Self {
+        let _writing = WRITING.write().unwrap_or_else(PoisonError::into_inner);
         let temp = tempfile::tempdir().unwrap();
         std::fs::copy(env!("CARGO_BIN_EXE_mortar"), temp.path().join("mortar")).unwrap();
         if let Some(script) = brickd {
@@ -43,7 +49,21 @@ impl Bench {
     }
 
     fn run(&self, line: &str) -> Run {
-        self.command(line).output().unwrap().into()
+        output(&mut self.command(line))
+    }
+
+    /// Runs `up` with daemons that never say where they listen, and kills it when it waits for them.
+    fn half_up(&self, line: &str) {
+        let starting = WRITING.read().unwrap_or_else(PoisonError::into_inner);
+        let mut up = self.command(line).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        drop(starting);
+        let begun = Instant::now();
+        while self.processes().len() < 4 {
+            assert!(begun.elapsed() < Duration::from_secs(25), "the daemons did not start");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        up.kill().unwrap();
+        up.wait().unwrap();
     }
 
     /// Pids of the processes whose command line names the playground's directory.
@@ -65,8 +85,7 @@ impl Bench {
         assert_eq!(self.processes(), Vec::<String>::new(), "processes are still there");
         let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
         assert!(!text.contains(&*self.dir().to_string_lossy()), "something is still mounted");
-        let loops = Command::new("losetup").args(["-l", "-n", "-O", "BACK-FILE"]).output();
-        let loops = loops.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+        let loops = output(Command::new("losetup").args(["-l", "-n", "-O", "BACK-FILE"])).out;
         assert!(!loops.contains(&*self.dir().to_string_lossy()), "a loop device is still there");
     }
 }
@@ -74,7 +93,7 @@ impl Bench {
 impl Drop for Bench {
     fn drop(&mut self) {
         // After a failed assertion: whatever is left must not outlive the test.
-        let _ = self.command("down").output();
+        let _ = output(&mut self.command("down"));
     }
 }
 
@@ -82,11 +101,14 @@ fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+fn output(command: &mut Command) -> Run {
+    let _starting = WRITING.read().unwrap_or_else(PoisonError::into_inner);
+    command.output().unwrap().into()
+}
+
 /// XFS in a file can be made and mounted here; says so when not.
 fn can_make_xfs() -> bool {
-    let can = is_root()
-        && Path::new("/dev/loop-control").exists()
-        && Command::new("mkfs.xfs").arg("-V").output().is_ok_and(|out| out.status.success());
+    let can = is_root() && Path::new("/dev/loop-control").exists() && Path::new("/usr/sbin/mkfs.xfs").exists();
     if !can {
         println!("skipped: needs root, loop devices and xfsprogs");
     }
@@ -97,7 +119,7 @@ fn can_make_xfs() -> bool {
 fn without_the_daemon_it_says_where_it_looked() {
     let bench = Bench::new(None);
     let mut command = bench.command("up");
-    let run: Run = command.env("PATH", "/nonexistent").output().unwrap().into();
+    let run = output(command.env("PATH", "/nonexistent"));
     run.expect(1, "mortar-brickd is neither at");
     bench.nothing_is_left();
 }
@@ -134,14 +156,7 @@ fn with_xfs_a_failure_takes_the_file_systems_and_loop_devices_with_it() {
 fn an_up_that_was_killed_half_way_is_undone_by_down_and_down_may_be_said_twice() {
     let xfs = if can_make_xfs() { "up --xfs --brick-size 512M" } else { "up" };
     let bench = Bench::new(Some(SILENT));
-    let mut up = bench.command(xfs).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let begun = Instant::now();
-    while bench.processes().len() < 4 {
-        assert!(begun.elapsed() < Duration::from_secs(25), "the daemons did not start");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    up.kill().unwrap();
-    up.wait().unwrap();
+    bench.half_up(xfs);
     bench.run("up").expect(1, "A playground is up already");
     bench.run("status").expect(0, "'up' has not finished, or failed");
     bench.run("stop 2").expect(0, "hangs (SIGSTOP)");
@@ -157,21 +172,13 @@ fn commands_about_one_server_need_a_playground_and_a_number_it_has() {
     for line in ["status", "kill 1", "stop 1", "cont 1", "start 1"] {
         bench.run(line).expect(1, "There is no playground in");
     }
-    let mut up = bench.command("up").stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let begun = Instant::now();
-    while bench.processes().len() < 4 {
-        assert!(begun.elapsed() < Duration::from_secs(25), "the daemons did not start");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    up.kill().unwrap();
-    up.wait().unwrap();
+    bench.half_up("up");
     bench.run("kill 4").expect(2, "There is no server 4: this playground has servers 1 to 3");
     bench.run("start 1").expect(1, "runs already");
     bench.run("kill 1").expect(0, "is killed");
     bench.run("kill 1").expect(1, "does not run");
     bench.run("status").expect(0, "dead");
-    let json: Run = bench.command("status --json").output().unwrap().into();
-    let json = json.json();
+    let json = output(&mut bench.command("status --json")).json();
     assert_eq!((&json["servers"][0]["state"], &json["servers"][1]["state"]), (&"dead".into(), &"running".into()));
     assert_eq!(json["complete"], false);
     bench.run("down").expect(0, "is gone");
@@ -237,7 +244,6 @@ fn xfs_needs_root() {
     std::fs::set_permissions(bench.temp.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
     let mut command = bench.command("up --xfs");
     std::os::unix::process::CommandExt::uid(&mut command, 65534);
-    let run: Run = command.output().unwrap().into();
-    run.expect(1, "needs root");
+    output(&mut command).expect(1, "needs root");
     bench.nothing_is_left();
 }

@@ -23,6 +23,9 @@ struct Scripted {
     refusal: Arc<Mutex<Option<Status>>>,
     /// It takes that long for `VolumeStart`.
     slow: Option<Duration>,
+    /// It dies of `VolumeStart`.
+    dies: bool,
+    death: Arc<tokio::sync::Notify>,
     infos: Arc<Mutex<VolumeInfoReply>>,
     heal: Arc<Mutex<HealInfoReply>>,
     sent: Arc<Mutex<Vec<VolumeSetRequest>>>,
@@ -37,6 +40,10 @@ impl Cluster for Scripted {
     }
     async fn volume_start(&self, _: Request<VolumeRequest>) -> Reply<Empty> {
         self.starts.fetch_add(1, Ordering::SeqCst);
+        if self.dies {
+            self.death.notify_one();
+            std::future::pending::<()>().await;
+        }
         if let Some(slow) = self.slow {
             tokio::time::sleep(slow).await;
         }
@@ -101,13 +108,19 @@ impl Scripted {
         *self.identity.lock().unwrap() =
             IdentifyReply { address: address.clone(), leader: address.clone(), servers, ..IdentifyReply::default() };
         let service = ClusterServer::new(self.clone());
+        let death = self.death.clone();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(listener).unwrap();
                 let incoming = tonic::transport::server::TcpIncoming::from(listener);
-                tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+                let serving = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+                tokio::select! {
+                    served = serving => served.unwrap(),
+                    () = death.notified() => {}
+                }
             });
+            // With the runtime go its connections, in the middle of whatever they were saying.
         });
         address
     }
@@ -229,6 +242,16 @@ fn a_change_whose_answer_is_lost_is_not_sent_again() {
     run.expect(1, "It may or may not have been done");
     assert!(took < Duration::from_secs(12), "{took:?}");
     assert_eq!(server.starts(), 1);
+}
+
+#[test]
+fn a_change_during_which_the_server_dies_is_not_sent_to_another() {
+    let (dying, other) = (Scripted { dies: true, ..Scripted::default() }, Scripted::default());
+    let (dying_address, other_address) = (dying.serve(3), other.serve(3));
+    let (run, took) = mortar(&[&dying_address, &other_address], "volume start v");
+    run.expect(1, "the connection broke before it answered").expect(1, "It may or may not have been done");
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    assert_eq!((dying.starts(), other.starts()), (1, 0));
 }
 
 #[test]

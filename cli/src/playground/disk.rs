@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::mount::{UnmountFlags, unmount};
 
+use super::process::mark;
 use super::record::Disk;
 
 /// The type of a volume's mount.
@@ -69,19 +70,19 @@ pub fn is_mount_point(path: &Path) -> bool {
     kind_at(path).is_some()
 }
 
-/// Makes the sparse file, an XFS in it, and mounts that.
+/// Makes the sparse file, an XFS in it, and mounts that, for the playground in `dir`.
 ///
 /// # Errors
 /// When one of these fails.
-pub fn make(disk: &Disk, size: u64) -> Result<()> {
+pub fn make(disk: &Disk, size: u64, dir: &Path) -> Result<()> {
     let image =
         std::fs::File::create_new(&disk.image).with_context(|| format!("cannot make {}", disk.image.display()))?;
     image.set_len(size).with_context(|| format!("cannot make {} {size} bytes large", disk.image.display()))?;
     drop(image);
-    run(Command::new("mkfs.xfs").arg("-q").arg(&disk.image), "install xfsprogs")?;
+    run(mark(&mut Command::new("mkfs.xfs"), dir).arg("-q").arg(&disk.image), "install xfsprogs")?;
     std::fs::create_dir(&disk.mount_point).with_context(|| format!("cannot make {}", disk.mount_point.display()))?;
     run(
-        Command::new("mount").args(["-t", "xfs", "-o", "loop"]).arg(&disk.image).arg(&disk.mount_point),
+        mark(&mut Command::new("mount"), dir).args(["-t", "xfs", "-o", "loop"]).arg(&disk.image).arg(&disk.mount_point),
         "is there a free loop device, and does this kernel know XFS?",
     )
 }
@@ -92,30 +93,31 @@ pub fn make(disk: &Disk, size: u64) -> Result<()> {
 /// When it stays mounted or its loop device stays.
 pub fn unmake(disk: &Disk) -> Result<(), String> {
     let until = Instant::now() + Duration::from_secs(10);
-    while is_mount_point(&disk.mount_point) {
-        match unmount(&disk.mount_point, UnmountFlags::NOFOLLOW) {
-            Ok(()) => {}
-            Err(error) if Instant::now() >= until => {
-                return Err(format!(
-                    "{} cannot be unmounted: {error}. Who uses it? See 'fuser -vm {0}'.",
-                    disk.mount_point.display()
-                ));
+    // Both are looked at again each time round: the kernel lets go of a loop device a moment after the unmount, and a
+    // `mount` whose `up` was killed may be about to use the device that it has just set up.
+    loop {
+        let why = if is_mount_point(&disk.mount_point) {
+            match unmount(&disk.mount_point, UnmountFlags::NOFOLLOW) {
+                Ok(()) => continue,
+                Err(error) => {
+                    let path = disk.mount_point.display();
+                    format!("{path} cannot be unmounted: {error}. Who uses it? See 'fuser -vm {path}'.")
+                }
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(100)),
-        }
-    }
-    // The kernel lets go of the loop device a moment after the unmount.
-    while let Some(device) = loop_device(&disk.image) {
-        if Instant::now() >= until {
-            return Err(format!(
+        } else if let Some(device) = loop_device(&disk.image) {
+            let _ = Command::new("losetup").arg("-d").arg(&device).output();
+            format!(
                 "The loop device {device} of {} is still in use; 'losetup -d {device}' frees it.",
                 disk.image.display()
-            ));
+            )
+        } else {
+            return Ok(());
+        };
+        if Instant::now() >= until {
+            return Err(why);
         }
-        let _ = Command::new("losetup").arg("-d").arg(&device).output();
         std::thread::sleep(Duration::from_millis(50));
     }
-    Ok(())
 }
 
 fn loop_device(image: &Path) -> Option<String> {

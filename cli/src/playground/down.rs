@@ -5,7 +5,7 @@ use std::path::Path;
 use rustix::process::Signal;
 
 use super::disk;
-use super::process::{End, end};
+use super::process::{End, end, marked};
 use super::record::Playground;
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
@@ -53,6 +53,10 @@ pub fn undo(playground: &Playground, output: Output) -> Result<(), String> {
     }
     for server in playground.servers.iter().rev() {
         left.extend(server.process.and_then(|id| end(id, End::Clean).err()));
+    }
+    // Those of an `up` that was killed before it could record them, and its helpers.
+    for id in marked(&playground.dir) {
+        left.extend(end(id, End::Clean).err());
     }
     for disk in playground.servers.iter().rev().filter_map(|server| server.disk.as_ref()) {
         left.extend(disk::unmake(disk).err());

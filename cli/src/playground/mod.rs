@@ -149,7 +149,7 @@ pub async fn run(command: PlaygroundCommand, output: Output) -> Outcome {
             Ok(())
         }
         PlaygroundCommand::Stop { n, place } => {
-            signal(&place, n, Signal::STOP)?;
+            running(server(&existing(&place)?, n)?)?.stop().map_err(Failure::Failed)?;
             output.done(
                 "server stopped",
                 &format!("Server {n} hangs (SIGSTOP). 'mortar playground cont {n}' lets it go on."),
@@ -157,7 +157,7 @@ pub async fn run(command: PlaygroundCommand, output: Output) -> Outcome {
             Ok(())
         }
         PlaygroundCommand::Cont { n, place } => {
-            signal(&place, n, Signal::CONT)?;
+            running(server(&existing(&place)?, n)?)?.signal(Signal::CONT).map_err(Failure::Failed)?;
             output.done("server continued", &format!("Server {n} goes on (SIGCONT)."));
             Ok(())
         }
@@ -191,11 +191,6 @@ fn running(server: &Server) -> Outcome<process::Id> {
             server.number
         ))),
     }
-}
-
-fn signal(place: &Place, n: u32, signal: Signal) -> Outcome {
-    let playground = existing(place)?;
-    running(server(&playground, n)?)?.signal(signal).map_err(Failure::Failed)
 }
 
 /// What a process does just now, in a word.

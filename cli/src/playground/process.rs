@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,6 +13,8 @@ use anyhow::{Context, Result};
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use serde::{Deserialize, Serialize};
 
+/// The variable that every process of a playground carries, with the playground's directory.
+const MARK: &str = "MORTAR_PLAYGROUND";
 /// How long a daemon may take to shut down cleanly before it is killed.
 const CLEAN: Duration = Duration::from_secs(15);
 /// How long the kernel may take to bury a killed process.
@@ -72,6 +75,22 @@ impl Id {
         kill_process(pid, signal).map_err(|error| format!("Process {} cannot be signalled: {error}.", self.pid))
     }
 
+    /// Stops it, and waits until it has: one within a system call goes on for a moment.
+    ///
+    /// # Errors
+    /// A sentence when it is gone or does not stop.
+    pub fn stop(self) -> Result<(), String> {
+        self.signal(Signal::STOP)?;
+        let until = Instant::now() + KILL;
+        while self.state() != Some('T') {
+            if Instant::now() >= until {
+                return Err(format!("Process {} was told to stop and has not.", self.pid));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
     /// Waits for its end, at most so long. True when it has ended.
     pub fn wait(self, at_most: Duration) -> bool {
         let until = Instant::now() + at_most;
@@ -109,11 +128,31 @@ pub fn end(id: Id, how: End) -> Result<(), String> {
     }
 }
 
-/// Starts a daemon in a session of its own, its output appended to `log`.
+/// Marks what is about to be started as belonging to the playground in `dir`.
+pub fn mark<'a>(command: &'a mut Command, dir: &Path) -> &'a mut Command {
+    command.env(MARK, dir)
+}
+
+/// All living processes that carry the mark of the playground in `dir`: also those that were started by an `up` that was
+/// killed before it could record them.
+pub fn marked(dir: &Path) -> Vec<Id> {
+    let mark = [MARK.as_bytes(), b"=", dir.as_os_str().as_bytes()].concat();
+    let pids = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|pid| {
+            let environ = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            environ.split(|byte| *byte == 0).any(|variable| variable == mark)
+        })
+        .filter_map(Id::of)
+        .filter(|id| id.is_alive())
+        .collect()
+}
+
+/// Starts a daemon of the playground in `dir`, in a process group of its own, its output appended to `log`.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn start<I, S>(program: &Path, args: I, log: &Path) -> Result<Id>
+pub fn start<I, S>(program: &Path, args: I, dir: &Path, log: &Path) -> Result<Id>
 where
     I: IntoIterator<Item = S>,
     S: AsRef<OsStr>,
@@ -130,7 +169,7 @@ where
     command.env_remove("MORTAR_SERVERS").env_remove("NOTIFY_SOCKET");
     // A process group of its own: Ctrl-C in the shell that called `up` is not for the daemons.
     command.process_group(0);
-    let child = command.spawn().with_context(|| format!("cannot start {}", program.display()))?;
+    let child = mark(&mut command, dir).spawn().with_context(|| format!("cannot start {}", program.display()))?;
     let pid = i32::try_from(child.id()).context("a pid beyond the kernel's limit")?;
     Id::of(pid).with_context(|| format!("{} was gone at once; {}", program.display(), last_lines(log)))
 }
@@ -183,7 +222,7 @@ mod tests {
 
     fn sleeper() -> Id {
         let log = tempfile::NamedTempFile::new().unwrap();
-        start(Path::new("/bin/sleep"), ["60"], log.path()).unwrap()
+        start(Path::new("/bin/sleep"), ["60"], log.path(), log.path()).unwrap()
     }
 
     #[test]
@@ -198,14 +237,19 @@ mod tests {
     #[test]
     fn a_stopped_process_is_ended_too() {
         let id = sleeper();
-        id.signal(Signal::STOP).unwrap();
-        let until = Instant::now() + Duration::from_secs(5);
-        while id.state() != Some('T') && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        id.stop().unwrap();
         assert_eq!(id.state(), Some('T'));
         end(id, End::Clean).unwrap();
         assert!(!id.is_alive());
+    }
+
+    #[test]
+    fn a_process_is_found_by_the_mark_it_was_started_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = start(Path::new("/bin/sleep"), ["60"], dir.path(), &dir.path().join("log")).unwrap();
+        assert_eq!(marked(dir.path()), [id]);
+        end(id, End::Kill).unwrap();
+        assert_eq!(marked(dir.path()), []);
     }
 
     #[test]

@@ -131,7 +131,7 @@ async fn steps(
         let server = &playground.servers[at];
         if let Some(disk) = &server.disk {
             output.progress(&format!("making an XFS for brick {} in {}", server.number, disk.image.display()));
-            disk::make(disk, args.brick_size)?;
+            disk::make(disk, args.brick_size, &playground.dir)?;
         }
         std::fs::create_dir_all(&server.brick).with_context(|| format!("cannot make {}", server.brick.display()))?;
         std::fs::create_dir_all(&server.state_dir)
@@ -145,7 +145,7 @@ async fn steps(
     }
     let (first, others) = playground.servers.split_first().context("a playground has servers")?;
     let address = Address::parse(&first.address).map_err(|why| anyhow!(why))?;
-    let cluster = Cluster::new(Contact::of(vec![address]));
+    let cluster = Cluster::patient(Contact::of(vec![address]));
     for server in others {
         output.progress(&format!("adding server {} ({})", server.number, server.address));
         let request = ServerAddRequest { address: server.address.clone() };
@@ -174,7 +174,7 @@ fn start_daemon(playground: &mut Playground, at: usize, brickd: &Path, listen: &
     }
     let state_dir = server.state_dir.as_os_str().to_owned();
     let args = ["--state-dir".into(), state_dir, "--listen".into(), listen.into()];
-    server.process = Some(process::start(brickd, args, &server.log)?);
+    server.process = Some(process::start(brickd, args, &playground.dir, &server.log)?);
     playground.save()
 }
 
@@ -241,7 +241,8 @@ fn mount(playground: &mut Playground, program: &Path, output: Output) -> Result<
     output.progress(&format!("mounting {VOLUME} at {}", mount.path.display()));
     std::fs::create_dir_all(&mount.path).with_context(|| format!("cannot make {}", mount.path.display()))?;
     mount.path = mount.path.canonicalize().with_context(|| format!("cannot look at {}", mount.path.display()))?;
-    let id = process::start(program, [source.as_ref(), mount.path.as_os_str(), "-f".as_ref()], &mount.log)?;
+    let id =
+        process::start(program, [source.as_ref(), mount.path.as_os_str(), "-f".as_ref()], &playground.dir, &mount.log)?;
     mount.process = Some(id);
     let (path, log): (PathBuf, PathBuf) = (mount.path.clone(), mount.log.clone());
     playground.save()?;
