@@ -10,7 +10,7 @@ use mortar_proto::coordinator::{
 use mortar_proto::types::{BLOCK_BYTES, ByteRange, Epoch, Ino, SessionId};
 
 use super::disk::{BLOCKS, Content};
-use super::history::{Kind, Needs};
+use super::history::{Kind, Needs, SizeNeed};
 use super::leader::{FromLeader, ToLeader};
 use super::world::{Connection, Happening, JANITOR, Node, TIMEOUTS, Wire, World, mutation_of, slot};
 
@@ -36,7 +36,7 @@ enum What {
     Mutation,
     Read { first: usize, count: usize, needs: Needs },
     Flush(Vec<OpId>),
-    Stat,
+    Stat(SizeNeed),
 }
 
 /// A client.
@@ -223,7 +223,7 @@ impl World {
                 let ops = self.history.to_flush(generation, ino);
                 (Operation::Flush, What::Flush(ops))
             }
-            _ => (Operation::Stat, What::Stat),
+            _ => (Operation::Stat, What::Stat(self.history.size_need(ino))),
         };
         self.note(|| format!("c{c} submits {} {ino:?} {operation:?}", op.0));
         self.submitted += 1;
@@ -306,7 +306,12 @@ impl World {
                 }
             }
             (What::Flush(ops), Completion::Done) => self.history.flushed(&ops),
-            (What::Stat, Completion::Stat(_)) | (What::Flush(_), Completion::LeaseLost) => {}
+            (What::Stat(need), Completion::Stat(stat)) => {
+                if let Err(why) = self.history.check_size(pending.ino, stat.size, &need) {
+                    self.fail(|| format!("I2: stat {} of c{c}: {why}", op.0));
+                }
+            }
+            (What::Flush(_), Completion::LeaseLost) => {}
             (what, completion) => self.fail(|| format!("operation {} {what:?} ended in {completion:?}", op.0)),
         }
     }

@@ -6,7 +6,9 @@ use super::rng::Rng;
 use super::world::{CLIENTS, Happening, Node, World};
 
 /// Kinds of faults.
-const KINDS: usize = 13;
+const KINDS: usize = 14;
+/// The one that stands for several, shortly after each other.
+const CHAIN: usize = 13;
 
 /// A run's mix of faults.
 #[derive(Clone, Debug)]
@@ -46,9 +48,27 @@ impl World {
             drawn = drawn.saturating_sub(*w);
             hit
         });
+        match kind.unwrap_or(0) {
+            CHAIN => {
+                self.count("chain");
+                let mut at = 0;
+                for _ in 0..self.rng.between(2, 4) {
+                    at += self.rng.delay(600, 2500);
+                    let kind = [0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 10][self.rng.index(11)];
+                    self.after(at, Happening::FaultOf(kind));
+                }
+            }
+            kind => self.fault_of(kind),
+        }
+    }
+
+    pub(super) fn fault_of(&mut self, kind: usize) {
+        if self.now >= self.faults.until_ms {
+            return;
+        }
         let s = self.rng.index(3);
         let c = self.rng.index(CLIENTS);
-        match kind.unwrap_or(0) {
+        match kind {
             0 => self.kill(s, false),
             1 => self.kill(s, true),
             2 => {

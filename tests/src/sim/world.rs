@@ -123,6 +123,8 @@ pub enum Happening {
     LeaderTick,
     /// Something goes wrong.
     Fault,
+    /// A particular thing goes wrong.
+    FaultOf(usize),
     /// A cut has lasted long enough for the connections to break.
     CutNoticed(Node, Node),
 }
@@ -210,6 +212,8 @@ impl World {
             rng,
         };
         for slot in 0..3 {
+            // Together with the read lease that stays within the leader's margin.
+            world.bricks[slot].clock_permille = world.rng.between(960, 1040);
             world.after(0, Happening::Start(slot));
         }
         for client in 0..=CLIENTS {
@@ -399,6 +403,7 @@ impl World {
                 self.after(50, Happening::LeaderTick);
             }
             Happening::Fault => self.fault(),
+            Happening::FaultOf(kind) => self.fault_of(kind),
             Happening::CutNoticed(a, b) => {
                 if self.cut_until(a, b).is_some()
                     && let (Node::Client(c), Node::Brick(s)) | (Node::Brick(s), Node::Client(c)) = (a, b)
