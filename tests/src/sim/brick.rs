@@ -700,6 +700,7 @@ impl World {
     fn write_pulled(&mut self, s: usize, mut job: Job, content: Content) {
         let ino = job.wire.ino;
         if let Body::Pull { range, size, from, doubt } = job.wire.request.body {
+            self.count(if doubt.is_some() { "recovered" } else { "repaired" });
             if size {
                 self.bricks[s].disk.set_size(ino, content.size);
             }

@@ -2,6 +2,7 @@
 
 use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
+use mortar_proto::types::Ino;
 
 use super::world::{Wire, World};
 
@@ -92,6 +93,27 @@ impl World {
             self.fail(|| format!("I3: b{s} accepts a mutation of epoch {epoch} after one of {highest} was accepted"));
         } else {
             *highest = epoch;
+        }
+    }
+
+    /// I5 for one file: its holder has settled what was in doubt [W2], or gives it back, so nothing is in flight.
+    pub(super) fn check_settled(&mut self, c: usize, ino: Ino) {
+        let configuration = self.configuration();
+        let lease = self.leader.log.leases.get(&ino).copied().unwrap_or_default();
+        let current = self.clients[c].configuration.is_some_and(|known| known.n == configuration.n);
+        if !current || lease.holder.is_none() || lease.holder != self.clients[c].session {
+            return;
+        }
+        self.count("settled");
+        let contents: Vec<_> = (0..3)
+            .filter(|s| {
+                let m = configuration.members[*s];
+                m.state == BrickState::InSync && self.bricks[*s].is_up() && m.incarnation == self.bricks[*s].incarnation
+            })
+            .map(|s| (s, self.bricks[s].disk.content(ino)))
+            .collect();
+        if contents.iter().any(|(_, c)| c.blocks != contents[0].1.blocks || c.size != contents[0].1.size) {
+            self.fail(|| format!("I5: c{c} has settled {ino:?}, but its bricks differ: {contents:?}"));
         }
     }
 

@@ -17,6 +17,8 @@ pub struct Faults {
     every_ms: u64,
     /// The usual time between two operations of an application.
     pub gap_ms: u64,
+    /// How often an application uses a file that is not its own.
+    pub sharing_permille: u64,
     /// Nothing more goes wrong after this.
     pub until_ms: u64,
 }
@@ -26,8 +28,13 @@ impl Faults {
     #[must_use]
     pub fn draw(rng: &mut Rng) -> Self {
         let weights = core::array::from_fn(|_| if rng.chance(450) { rng.between(1, 10) } else { 0 });
-        let gap_ms = rng.between(5, 150);
-        Self { weights, every_ms: rng.between(100, 2500), gap_ms, until_ms: 10_000 + rng.between(4, 16) * 1000 }
+        Self {
+            weights,
+            every_ms: rng.between(100, 2500),
+            gap_ms: rng.between(1, 100),
+            sharing_permille: [0, 0, 5, 30, 1000][rng.index(5)],
+            until_ms: 10_000 + rng.between(4, 16) * 1000,
+        }
     }
 }
 
@@ -52,6 +59,17 @@ impl World {
             CHAIN => {
                 self.count("chain");
                 let mut at = 0;
+                if self.rng.chance(500) {
+                    // A holder dies, its heir dies while it settles what was in doubt, and so does a brick.
+                    self.after(0, Happening::FaultOf(5));
+                    self.after(0, Happening::FaultOf(5));
+                    let heir = self.leader.session_ttl_ms + self.rng.below(800);
+                    for _ in 0..4 {
+                        let more = self.rng.below(300);
+                        self.after(heir + more, Happening::FaultOf(5));
+                    }
+                    at = heir;
+                }
                 for _ in 0..self.rng.between(2, 4) {
                     at += self.rng.delay(600, 2500);
                     let kind = [0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 10][self.rng.index(11)];
@@ -92,7 +110,7 @@ impl World {
                 self.break_link(c, s);
             }
             5 => {
-                let c = if self.rng.chance(200) { CLIENTS } else { c };
+                let c = if self.rng.chance(250) { CLIENTS } else { c };
                 if self.clients[c].up {
                     self.count("client crash");
                     self.crash_client(c);

@@ -152,6 +152,8 @@ pub struct World {
     /// What goes wrong.
     pub faults: Faults,
     cuts: Vec<(Node, Node, u64)>,
+    /// Connections whose client has died, and when the last byte of theirs arrives.
+    pub dead: BTreeMap<u64, u64>,
     /// The longest usual delay of a message.
     pub delay_ms: u64,
     /// The longest usual time of a disk.
@@ -181,7 +183,7 @@ impl World {
         let mut rng = Rng::new(seed);
         let boundary = if rng.chance(300) { EXTENT_BYTES } else { REGION_BYTES };
         let geometry = Geometry { base: boundary - (BLOCKS as u64 / 2) * BLOCK_BYTES };
-        let files: Vec<Ino> = (0..rng.between(1, 2)).map(|i| Ino(1000 + i)).collect();
+        let files: Vec<Ino> = (0..[1, 2, 2][rng.index(3)]).map(|i| Ino(1000 + i)).collect();
         let boots = [BootId(1), BootId(2), BootId(3)];
         let incarnations = [Incarnation(1), Incarnation(2), Incarnation(3)];
         let faults = Faults::draw(&mut rng);
@@ -199,6 +201,7 @@ impl World {
             files,
             faults,
             cuts: Vec::new(),
+            dead: BTreeMap::new(),
             delay_ms,
             disk_ms,
             counter: 1000,
@@ -211,6 +214,7 @@ impl World {
             seen: BTreeMap::new(),
             rng,
         };
+        world.leader.session_ttl_ms = world.rng.between(700, 2500);
         for slot in 0..3 {
             // Together with the read lease that stays within the leader's margin.
             world.bricks[slot].clock_permille = world.rng.between(960, 1040);
@@ -308,6 +312,9 @@ impl World {
                     return;
                 }
                 let c = wire.connection;
+                if self.dead.get(&c.number).is_some_and(|until| *until <= self.now) {
+                    return;
+                }
                 if self.bricks[c.slot].is_up() && self.bricks[c.slot].accepted[c.client] == c.number {
                     self.note(|| {
                         format!(
