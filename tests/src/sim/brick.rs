@@ -530,6 +530,9 @@ impl World {
             Body::ClearMissed { x, region } => {
                 let ino = job.wire.ino;
                 self.replica(s).clear_missed(x, ino, region);
+                if self.rng.chance(50) {
+                    self.tempt(None, &[s, x.index()]);
+                }
                 self.bricks[s].disk.forget_missed(x, ino, region..region + 1);
                 self.done(s, job);
             }
@@ -620,6 +623,9 @@ impl World {
                 }
                 let done = self.replica(s).repaired(n);
                 self.note(|| format!("b{s} repaired under n={n}: {done}"));
+                if self.rng.chance(200) {
+                    self.tempt(None, &[0, 1, 2]);
+                }
                 self.bricks[s].task = None;
             }
             Step::TaskLate(number) => {
@@ -686,6 +692,9 @@ impl World {
             _ => {}
         }
         self.note(|| format!("b{s} wrote {} of {ino:?}, sized={}", op.0, job.sized));
+        if self.rng.chance(50) {
+            self.tempt(Some(job.wire.connection.client), &[0, 1, 2]);
+        }
         self.also_missed(s, &mut job);
         self.record_missed(s, job);
     }
@@ -701,6 +710,11 @@ impl World {
         let ino = job.wire.ino;
         if let Body::Pull { range, size, from, doubt } = job.wire.request.body {
             self.count(if doubt.is_some() { "recovered" } else { "repaired" });
+            if doubt.is_some() {
+                self.tempt(Some(job.wire.connection.client), &[s, from.index()]);
+            } else if self.rng.chance(50) {
+                self.tempt(None, &[s, from.index()]);
+            }
             if size {
                 self.bricks[s].disk.set_size(ino, content.size);
             }

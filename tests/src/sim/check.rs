@@ -58,10 +58,16 @@ impl World {
         for s in Slot::ALL {
             if old.state(s) == BrickState::Syncing && new.state(s) == BrickState::InSync {
                 self.count("promoted");
+                if self.rng.chance(200) {
+                    self.tempt(None, &[0, 1, 2]);
+                }
             }
         }
         if let Some(source) = cold {
             self.count("cold start");
+            if self.rng.chance(200) {
+                self.tempt(None, &[0, 1, 2]);
+            }
             let i = source.index();
             let kept = |s: &Slot| new.members[s.index()].boot == old.members[s.index()].boot;
             if !kept(&source) {

@@ -17,6 +17,8 @@ pub struct Faults {
     every_ms: u64,
     /// The usual time between two operations of an application.
     pub gap_ms: u64,
+    /// How often something goes wrong just after a moment at which that is awkward.
+    pub tempt_permille: u64,
     /// How often an application uses a file that is not its own.
     pub sharing_permille: u64,
     /// Nothing more goes wrong after this.
@@ -32,13 +34,67 @@ impl Faults {
             weights,
             every_ms: rng.between(100, 2500),
             gap_ms: rng.between(1, 100),
+            tempt_permille: [0, 0, 20, 60, 200][rng.index(5)],
             sharing_permille: [0, 0, 5, 30, 1000][rng.index(5)],
             until_ms: 10_000 + rng.between(4, 16) * 1000,
         }
     }
 }
 
+/// Something that goes wrong in one place.
+#[derive(Clone, Copy, Debug)]
+pub enum Strike {
+    /// A client's process dies.
+    Crash(usize),
+    /// A brick's process dies.
+    Kill(usize),
+    /// A brick's server loses power.
+    Power(usize),
+    /// A brick and the leader cannot talk, so it is put out.
+    Isolate(usize),
+}
+
 impl World {
+    /// An awkward moment: sometimes a client and one of these bricks are struck shortly after it.
+    pub(super) fn tempt(&mut self, client: Option<usize>, bricks: &[usize]) {
+        if self.now >= self.faults.until_ms || !self.rng.chance(self.faults.tempt_permille) {
+            return;
+        }
+        self.count("tempted");
+        if let Some(client) = client {
+            let soon = self.rng.between(0, self.delay_ms * 3);
+            self.after(soon, Happening::Strike(Strike::Crash(client)));
+        }
+        if let Some(s) = (!bricks.is_empty()).then(|| bricks[self.rng.index(bricks.len())])
+            && (client.is_none() || self.rng.chance(700))
+        {
+            let soon = self.rng.delay(self.delay_ms * 6, 2500);
+            let strike = [Strike::Kill(s), Strike::Power(s), Strike::Isolate(s)][self.rng.index(3)];
+            self.after(soon, Happening::Strike(strike));
+        }
+    }
+
+    pub(super) fn strike(&mut self, strike: Strike) {
+        if self.now >= self.faults.until_ms {
+            return;
+        }
+        match strike {
+            Strike::Crash(c) => {
+                if self.clients[c].up {
+                    self.crash_client(c);
+                }
+            }
+            Strike::Kill(s) => self.kill(s, false),
+            Strike::Power(s) => self.kill(s, true),
+            Strike::Isolate(s) => {
+                let for_ms = self.rng.between(1200, 5000);
+                self.note(|| format!("b{s} and the leader are cut apart for {for_ms}"));
+                self.cut(Node::Brick(s), Node::Leader, for_ms);
+                self.cut(Node::Leader, Node::Brick(s), for_ms);
+            }
+        }
+    }
+
     pub(super) fn fault(&mut self) {
         if self.now >= self.faults.until_ms {
             return;

@@ -10,7 +10,7 @@ use mortar_proto::{Configuration, Incarnation, Slot};
 use super::brick::{Brick, Peer, Step};
 use super::client::Client;
 use super::disk::{BLOCKS, Content, Geometry};
-use super::faults::Faults;
+use super::faults::{Faults, Strike};
 use super::history::History;
 use super::leader::{FromLeader, Leader, ToLeader};
 use super::rng::Rng;
@@ -125,6 +125,8 @@ pub enum Happening {
     Fault,
     /// A particular thing goes wrong.
     FaultOf(usize),
+    /// Something goes wrong in one place.
+    Strike(Strike),
     /// A cut has lasted long enough for the connections to break.
     CutNoticed(Node, Node),
 }
@@ -187,8 +189,8 @@ impl World {
         let boots = [BootId(1), BootId(2), BootId(3)];
         let incarnations = [Incarnation(1), Incarnation(2), Incarnation(3)];
         let faults = Faults::draw(&mut rng);
-        let delay_ms = rng.between(2, 30);
-        let disk_ms = rng.between(1, 20);
+        let delay_ms = rng.between(2, 60);
+        let disk_ms = rng.between(1, 40);
         let mut world = Self {
             now: 10_000,
             queue: BTreeMap::new(),
@@ -411,6 +413,7 @@ impl World {
             }
             Happening::Fault => self.fault(),
             Happening::FaultOf(kind) => self.fault_of(kind),
+            Happening::Strike(strike) => self.strike(strike),
             Happening::CutNoticed(a, b) => {
                 if self.cut_until(a, b).is_some()
                     && let (Node::Client(c), Node::Brick(s)) | (Node::Brick(s), Node::Client(c)) = (a, b)
