@@ -1,1 +1,3 @@
-//! x
+//! Mortar's simulations, cluster tests, mount tests and benchmarks.
+
+pub mod scenarios;
