@@ -175,9 +175,9 @@ fn owner_and_attributes_at_once(a: &Path, b: &Path) -> Result<()> {
     let handle = fs::File::open(b.join("f"))?;
     for n in 1..10u32 {
         chown(a.join("f"), Some(n), Some(n + 1))?;
-        fs::set_permissions(a.join("f"), Permissions::from_mode(0o600 | n % 8))?;
+        fs::set_permissions(a.join("f"), Permissions::from_mode(0o600 | (n % 8)))?;
         for seen in [fs::metadata(b.join("f"))?, handle.metadata()?] {
-            ensure!((seen.uid(), seen.gid(), seen.mode() & 0o777) == (n, n + 1, 0o600 | n % 8), "{seen:?}");
+            ensure!((seen.uid(), seen.gid(), seen.mode() & 0o777) == (n, n + 1, 0o600 | (n % 8)), "{seen:?}");
         }
         setxattr(b.join("f"), "trusted.libvirt.security.ref", n.to_string().as_bytes(), XattrFlags::empty())?;
         let mut buffer = [0u8; 16];
