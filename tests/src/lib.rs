@@ -1,3 +1,4 @@
-//! Mortar's simulations, cluster tests, mount tests and benchmarks.
+//! What Mortar is tested with: a deterministic simulator of its machines, and what programs expect of a mount.
 
 pub mod scenarios;
+pub mod sim;

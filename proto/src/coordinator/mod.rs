@@ -368,8 +368,10 @@ pub struct Coordinator {
     permits: u32,
     /// Mutations that were in flight when the lease was lost.
     orphans: Vec<(OpId, Mutation, u64)>,
-    /// Something was written under this lease and not flushed since.
+    /// Something was written, under this lease or an earlier one, and not flushed since.
     dirty: bool,
+    /// Mutations that were started so far.
+    started: u64,
     /// The highest stable seq that every writable brick was told.
     told_stable: Seq,
     release_wanted: bool,
@@ -406,6 +408,7 @@ impl Coordinator {
             permits: 0,
             orphans: Vec::new(),
             dirty: false,
+            started: 0,
             told_stable: Seq(0),
             release_wanted: false,
             releasing: mutate::Releasing::No,
@@ -539,7 +542,6 @@ impl Coordinator {
         self.epoch = epoch;
         self.next_seq = Seq(1);
         self.told_stable = Seq(0);
-        self.dirty = false;
         self.resettle = false;
         for (op, mutation, since_ms) in std::mem::take(&mut self.orphans).into_iter().rev() {
             if foreign {
@@ -574,14 +576,12 @@ impl Coordinator {
                 self.orphans.push((m.op, m.mutation, m.since_ms));
             }
         }
-        let dirty = self.dirty;
         self.flushes.retain(|f| f.op.is_some());
         for flush in &mut self.flushes {
             flush.forget_sent();
             flush.needs_lease = true;
         }
-        // What was acknowledged and not flushed is still to be flushed, under the next lease.
-        self.dirty = dirty;
+        // What was acknowledged and not flushed is still to be flushed, under the next lease: `dirty` stays.
     }
 
     fn configured(&mut self, configuration: Configuration, now_ms: u64, effects: &mut Vec<Effect>) {

@@ -5,6 +5,9 @@ use super::{Body, Completion, Coordinator, Effect, MAX_IN_FLIGHT, Mutation, OpId
 use crate::config::{Slot, Slots};
 use crate::types::{ByteRange, Seq};
 
+/// How long after a brick has failed a mutation that others have applied it is asked again.
+const RETRY_FAILED_MS: u64 = 500;
+
 /// A mutation that was sent and is not acknowledged by every writable brick yet.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InFlight {
@@ -15,6 +18,8 @@ pub(super) struct InFlight {
     acknowledged: Slots,
     failed: Slots,
     errno: i32,
+    /// When a brick failed it last.
+    failed_ms: u64,
     /// The application has its answer already.
     pub(super) answered: bool,
 }
@@ -28,8 +33,8 @@ pub(super) struct Flushing {
     pub(super) since_ms: u64,
     pub(super) done: Slots,
     sent: bool,
-    /// It covers mutations up to here.
-    upto: Seq,
+    /// Everything that had been started was acknowledged when it was sent, and this many had been.
+    covers: Option<u64>,
     pub(super) needs_lease: bool,
 }
 
@@ -110,6 +115,7 @@ impl Coordinator {
     ) {
         let seq = self.take_seq();
         self.dirty = true;
+        self.started += 1;
         self.mutations.insert(
             seq,
             InFlight {
@@ -120,6 +126,7 @@ impl Coordinator {
                 acknowledged: Slots::NONE,
                 failed: Slots::NONE,
                 errno: 0,
+                failed_ms: 0,
                 answered: false,
             },
         );
@@ -128,7 +135,7 @@ impl Coordinator {
         }
     }
 
-    pub(super) fn mutation_acknowledged(&mut self, seq: Seq, slot: Slot, effects: &mut Vec<Effect>) {
+    pub(super) fn mutation_acknowledged(&mut self, seq: Seq, slot: Slot, now_ms: u64, effects: &mut Vec<Effect>) {
         let writable = self.configuration.writable();
         let Some(m) = self.mutations.get_mut(&seq) else { return };
         m.acknowledged.insert(slot);
@@ -140,6 +147,8 @@ impl Coordinator {
                 effects.push(Effect::Complete(op, Completion::Done));
             }
             effects.push(Effect::Discard(op));
+        } else {
+            self.suspect_those_that_failed(seq, now_ms, effects);
         }
     }
 
@@ -147,6 +156,7 @@ impl Coordinator {
         let writable = self.configuration.writable();
         let Some(m) = self.mutations.get_mut(&seq) else { return };
         m.failed.insert(slot);
+        m.failed_ms = now_ms;
         m.errno = errno;
         let (failed, op) = (m.failed, m.op);
         if failed.covers(writable) {
@@ -157,10 +167,40 @@ impl Coordinator {
                 effects.push(Effect::Complete(op, Completion::Failed(errno)));
             }
             self.resettle = true;
-        } else if m.acknowledged.or(failed).covers(writable) {
-            // [W4] Some have it and some cannot: those that cannot are put out.
+        } else {
+            self.suspect_those_that_failed(seq, now_ms, effects);
+        }
+    }
+
+    /// [W4] When all have answered, and some have it and some cannot: those that cannot are put out.
+    fn suspect_those_that_failed(&mut self, seq: Seq, now_ms: u64, effects: &mut Vec<Effect>) {
+        let writable = self.configuration.writable();
+        let Some(m) = self.mutations.get(&seq) else { return };
+        let (acknowledged, failed) = (m.acknowledged, m.failed);
+        if !acknowledged.is_empty() && acknowledged.or(failed).covers(writable) {
             for slot in failed.iter() {
                 self.suspect(slot, now_ms, effects);
+            }
+        }
+    }
+
+    /// A brick that failed a mutation which others have applied cannot always be put out [E2], and the leader may not have
+    /// heard of it: until the configuration changes it is reported and asked again, for what it lacked may be there by then.
+    pub(super) fn retry_failed(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        let writable = self.configuration.writable();
+        let mut due = Vec::new();
+        for (seq, m) in &mut self.mutations {
+            let mixed =
+                !m.failed.is_empty() && !m.acknowledged.is_empty() && m.acknowledged.or(m.failed).covers(writable);
+            if mixed && m.failed_ms + RETRY_FAILED_MS <= now_ms {
+                due.push((*seq, m.op, m.mutation, m.failed.and(writable)));
+                m.failed = Slots::NONE;
+            }
+        }
+        for (seq, op, mutation, failed) in due {
+            for slot in failed.iter() {
+                self.suspect(slot, now_ms, effects);
+                self.send(slot, Job::Mutation(seq), Body::Mutate(op, mutation), seq, now_ms, effects);
             }
         }
     }
@@ -183,7 +223,7 @@ impl Coordinator {
             since_ms: now_ms,
             done: Slots::NONE,
             sent: false,
-            upto: Seq(self.next_seq.0 - 1),
+            covers: None,
             needs_lease: !holding,
         });
         if holding {
@@ -192,12 +232,12 @@ impl Coordinator {
     }
 
     pub(super) fn send_flushes(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
-        let upto = Seq(self.next_seq.0 - 1);
+        let covers = (self.mutations.is_empty() && self.orphans.is_empty()).then_some(self.started);
         let mut numbers = Vec::new();
         for flush in self.flushes.iter_mut().filter(|f| !f.sent) {
             flush.sent = true;
             flush.needs_lease = false;
-            flush.upto = upto;
+            flush.covers = covers;
             numbers.push(flush.number);
         }
         for number in numbers {
@@ -215,7 +255,7 @@ impl Coordinator {
             return;
         }
         let flush = self.flushes.remove(at);
-        if flush.upto.0 + 1 == self.next_seq.0 && self.mutations.is_empty() {
+        if flush.covers == Some(self.started) {
             self.dirty = false;
         }
         if let Some(op) = flush.op {

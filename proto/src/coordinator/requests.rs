@@ -130,7 +130,7 @@ impl Coordinator {
             (Job::Mutation(seq), Answer::Failed { errno, .. }) => {
                 self.mutation_failed(seq, slot, errno, now_ms, effects)
             }
-            (Job::Mutation(seq), _) => self.mutation_acknowledged(seq, slot, effects),
+            (Job::Mutation(seq), _) => self.mutation_acknowledged(seq, slot, now_ms, effects),
             (Job::Fence, Answer::Fenced { in_doubt, size }) => self.fenced(slot, in_doubt, size),
             (Job::Recovery(item), Answer::Done) => self.recovered(item, slot),
             (Job::RepairList(x), Answer::Regions(regions)) => self.repair_listed(x, slot, &regions),
@@ -209,6 +209,7 @@ impl Coordinator {
         for slot in late.iter() {
             self.suspect(slot, now_ms, effects);
         }
+        self.retry_failed(now_ms, effects);
         self.hedge_reads(now_ms, effects);
         if let Some(limit) = self.timeouts.no_quorum_ms {
             self.give_up(limit, now_ms, effects);

@@ -169,7 +169,14 @@ impl Replica {
             _ => Bookkeeping::default(),
         };
         let done = match purpose {
-            Purpose::Mutate { .. } => file.is_stable(key) || file.doubt.get(&key).is_some_and(|d| d.applied),
+            // What it changed is known from then: a truncate, say, finds nothing to cut off the second time.
+            Purpose::Mutate { .. } if file.doubt.get(&key).is_some_and(|d| d.applied) => {
+                return Admission::Duplicate(Bookkeeping {
+                    intents: Vec::new(),
+                    missed: file.missed_of_doubt(out, key),
+                });
+            }
+            Purpose::Mutate { .. } => file.is_stable(key),
             Purpose::Pull { .. } => file.is_stable(key) || file.ran.contains(&key),
             _ => false,
         };
@@ -201,7 +208,10 @@ impl Replica {
     pub fn also_missed(&self, ticket: Ticket, touched: ByteRange, sized: bool) -> Vec<(Slot, Range<u64>)> {
         let Some(file) = self.files.get(&ticket.ino) else { return Vec::new() };
         let Some(running) = file.running.iter().find(|r| r.ticket == ticket.number) else { return Vec::new() };
-        file.missed_of_range(running.out, touched, sized)
+        let mut due = file.missed_of_range(running.out, touched, sized);
+        // An earlier attempt that failed half-way may have touched more.
+        due.extend(file.missed_of_doubt(running.out, (running.epoch, running.seq)));
+        due
     }
 
     /// A request has run. `touched`: for a mutation, what it changed and whether it changed the size; `applied` is false
@@ -216,6 +226,10 @@ impl Replica {
             Purpose::Mutate { range } => {
                 file.touch_intents(range, now_ms);
                 if !file.is_stable(key) {
+                    // An earlier attempt that failed half-way may have touched more.
+                    let earlier = file.doubt.get(&key).copied();
+                    let sized = sized || earlier.is_some_and(|e| e.sized);
+                    let range = earlier.map_or(range, |e| e.range.hull(&range));
                     file.doubt.insert(key, DoubtEntry { range, sized, applied });
                 }
             }
@@ -315,6 +329,11 @@ impl File {
             return Vec::new();
         }
         out.iter().filter(|x| !self.missed[x.index()].covers(&regions)).map(|x| (x, regions.clone())).collect()
+    }
+
+    /// What is missed by a mutation that is in doubt here.
+    fn missed_of_doubt(&self, out: Slots, key: (Epoch, Seq)) -> Vec<(Slot, Range<u64>)> {
+        self.doubt.get(&key).map_or_else(Vec::new, |d| self.missed_of_range(out, d.range, d.sized))
     }
 
     /// A recovered range; one that stands for the size only has no bytes.

@@ -1,0 +1,143 @@
+//! The janitor: on the leader's server, a session like any other. It takes the lease of a file that needs repair or
+//! recovery and that nobody holds, repairs it with the same machine as a client, and gives the lease up when asked (section
+//! 7 of the protocol).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mortar_proto::client::{FileId, MountOptions, Volume};
+use mortar_proto::config::Slot;
+use mortar_proto::metadata::state::{Node, State};
+use mortar_proto::wire::cluster::{BrickHealRequest, cluster_client::ClusterClient};
+use mortar_proto::{BrickId, Ino, SetId};
+use tonic::transport::Endpoint;
+
+use crate::log::Log;
+
+/// How often it looks for work.
+const LOOK: Duration = Duration::from_millis(300);
+/// Files that it has in hand at the same time.
+const MAX_FILES: usize = 32;
+/// How long a brick's server may take to answer.
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Starts the janitor; it works while this server leads.
+pub fn start(log: Log, address: String) {
+    tokio::spawn(async move {
+        let mut session: Option<Arc<Volume>> = None;
+        let mut in_hand: BTreeSet<Ino> = BTreeSet::new();
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if !log.is_leader() {
+                if let Some(session) = session.take() {
+                    in_hand.clear();
+                    session.close().await;
+                }
+                continue;
+            }
+            let wanted = look(&log).await;
+            if session.is_none() && wanted.is_empty() {
+                continue;
+            }
+            let me = match &session {
+                Some(session) => Arc::clone(session),
+                None => {
+                    let options = MountOptions { servers: vec![address.clone()], volume: String::new(), client: format!("janitor on {address}") };
+                    match Volume::mount(options).await {
+                        Ok(volume) => session.insert(volume).clone(),
+                        Err(e) => {
+                            tracing::debug!("the janitor has no session yet: {e}");
+                            continue;
+                        }
+                    }
+                }
+            };
+            work(&log, &me, &wanted, &mut in_hand);
+        }
+    });
+}
+
+/// Takes files in hand, and lets go of those that are done.
+fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, SetId>, in_hand: &mut BTreeSet<Ino>) {
+    let file = |ino: Ino| {
+        log.with_state(|state| match &state.inodes.get(&ino)?.node {
+            Node::File { set, lease } => Some((FileId { ino, set: *set }, *lease)),
+            _ => None,
+        })
+    };
+    in_hand.retain(|ino| {
+        let Some((id, lease)) = file(*ino) else { return false };
+        if me.is_repaired(id) && !(wanted.contains_key(ino) && !lease.unsettled) {
+            me.forget(id);
+            return false;
+        }
+        !me.is_idle(id)
+    });
+    for ino in wanted.keys() {
+        if in_hand.len() >= MAX_FILES {
+            return;
+        }
+        if let Some((id, lease)) = file(*ino)
+            && lease.holder.is_none()
+            && in_hand.insert(*ino)
+        {
+            tracing::debug!(ino = %ino, "the janitor takes a file in hand");
+            me.adopt(id);
+        }
+    }
+}
+
+/// Files that nobody holds and that need something: what an earlier holder left unsettled, or what a `Syncing` brick lacks.
+async fn look(log: &Log) -> BTreeMap<Ino, SetId> {
+    let (mut wanted, ask) = log.with_state(|state| (unsettled(state), tellers(state)));
+    let answers = futures::future::join_all(ask.into_iter().map(|(brick, address, slots)| async move {
+        let asked = async {
+            let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(ASK_TIMEOUT);
+            let mut client = ClusterClient::new(endpoint.connect().await.ok()?).max_decoding_message_size(64 << 20);
+            client.brick_heal(BrickHealRequest { brick: brick.0 }).await.ok()
+        };
+        let reply = tokio::time::timeout(ASK_TIMEOUT, asked).await.ok().flatten()?.into_inner();
+        let lists = reply.missed.into_iter().filter(|m| slots.contains(&m.slot));
+        Some(lists.flat_map(|m| m.files).map(|f| Ino(f.ino)).collect::<Vec<Ino>>())
+    }))
+    .await;
+    log.with_state(|state| {
+        for ino in answers.into_iter().flatten().flatten() {
+            if let Some(Node::File { set, lease }) = state.inodes.get(&ino).map(|i| &i.node)
+                && lease.holder.is_none()
+            {
+                wanted.insert(ino, *set);
+            }
+        }
+    });
+    wanted
+}
+
+fn unsettled(state: &State) -> BTreeMap<Ino, SetId> {
+    let of = |(ino, inode): (&Ino, &mortar_proto::metadata::state::Inode)| match &inode.node {
+        Node::File { set, lease } if lease.unsettled && lease.holder.is_none() => Some((*ino, *set)),
+        _ => None,
+    };
+    state.inodes.iter().filter_map(of).collect()
+}
+
+/// Bricks that know what a `Syncing` brick lacks: the `InSync` ones, and itself. With the slots they are asked about.
+fn tellers(state: &State) -> Vec<(BrickId, String, Vec<u32>)> {
+    let mut tellers = Vec::new();
+    for set in state.sets.values() {
+        let configuration = &set.configuration;
+        let lacking: Vec<u32> = configuration.syncing().iter().map(|s| u32::from(s.0)).collect();
+        if lacking.is_empty() {
+            continue;
+        }
+        for slot in Slot::ALL.into_iter().filter(|s| configuration.writable().has(*s)) {
+            let brick = configuration.members[slot.index()].brick;
+            let server = state.bricks.get(&brick).and_then(|b| state.servers.get(&b.server));
+            if let Some(server) = server {
+                tellers.push((brick, server.address.clone(), lacking.clone()));
+            }
+        }
+    }
+    tellers
+}

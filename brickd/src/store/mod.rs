@@ -1,0 +1,19 @@
+//! A brick's disk: objects by inode with their checksums, and the journal of what must be durable at once.
+//!
+//! ```text
+//! BRICK/                      the volume's own tree (see `tree`): hard links to the objects
+//!   .mortar/brick.toml        whose brick it is; written once
+//!   .mortar/objects/3f/<ino>  a file's data
+//!   .mortar/sums/3f/<ino>     8 bytes a block of 4 KiB: its checksum, 0 for a hole
+//!   .mortar/state/            the journal: intents, missed regions, clean shutdown
+//! ```
+//!
+//! What is assumed of the disk, and which crash each sync is for, is told in `brickd/README.md`.
+
+mod dir;
+mod journal;
+mod objects;
+
+pub use dir::{BrickDir, BrickId3, OpenError, volume_of_brick};
+pub use journal::{Journal, Loaded, Record, Removal};
+pub use objects::{Changed, DataStat, Objects, StoreError};

@@ -1,0 +1,131 @@
+//! `mortar volume heal NAME info`: what each brick lacks, and how its repair goes on.
+
+use mortar_proto::wire::cluster::{BrickHealRow, FileHealRow, HealInfoReply, VolumeRequest};
+use serde_json::{Value, json};
+
+use crate::cluster::Cluster;
+use crate::failure::Outcome;
+use crate::output::{Output, bytes, count, number, seconds, state, table, text_of};
+
+/// What the servers say when the time left is not known.
+const UNKNOWN: u32 = u32::MAX;
+
+/// Shows it.
+///
+/// # Errors
+/// What was refused or failed.
+pub async fn info(cluster: &Cluster, output: Output, name: &str) -> Outcome {
+    let request = VolumeRequest { name: name.to_owned(), force: false };
+    let reply = cluster.ask(async |mut client| client.heal_info(request.clone()).await).await?;
+    output.show(&to_json(name, &reply), || to_text(name, &reply));
+    Ok(())
+}
+
+fn is_whole(brick: &BrickHealRow) -> bool {
+    brick.state == "in-sync" && brick.missed_regions == 0 && brick.files.is_empty()
+}
+
+fn to_json(name: &str, reply: &HealInfoReply) -> Value {
+    let file = |file: &FileHealRow| {
+        let path = (!file.path.is_empty()).then_some(&file.path);
+        json!({ "path": path, "ino": file.ino, "regions": file.regions, "bytes": file.bytes })
+    };
+    let brick = |brick: &BrickHealRow| {
+        json!({
+            "server": brick.server, "path": brick.path, "state": brick.state,
+            "missed_regions": brick.missed_regions, "missed_bytes": brick.missed_bytes, "rate_bytes": brick.rate_bytes,
+            "left_seconds": (brick.left_seconds != UNKNOWN).then_some(brick.left_seconds),
+            "files": brick.files.iter().map(file).collect::<Vec<_>>(),
+        })
+    };
+    json!({
+        "volume": name,
+        "nothing_to_heal": reply.bricks.iter().all(is_whole),
+        "bricks": reply.bricks.iter().map(brick).collect::<Vec<_>>(),
+    })
+}
+
+fn to_text(name: &str, reply: &HealInfoReply) -> String {
+    let mut bricks = table(&["brick", "state", "missed", "bytes", "rate", "time left"]);
+    for brick in &reply.bricks {
+        let rate = if brick.rate_bytes == 0 { "-".to_owned() } else { format!("{}/s", bytes(brick.rate_bytes)) };
+        let left = match brick.left_seconds {
+            _ if is_whole(brick) => "-".to_owned(),
+            UNKNOWN => "unknown".to_owned(),
+            left => seconds(u64::from(left)),
+        };
+        bricks.add_row(vec![
+            format!("{}:{}", brick.server, brick.path).into(),
+            state(&brick.state, true),
+            number(count(brick.missed_regions, "region")),
+            number(bytes(brick.missed_bytes)),
+            number(rate),
+            number(left),
+        ]);
+    }
+    let mut text = format!("Volume {name}\n\n{}\n", text_of(&bricks));
+    if reply.bricks.iter().all(is_whole) {
+        text.push_str("\nnothing to heal\n");
+        return text;
+    }
+    for brick in reply.bricks.iter().filter(|brick| !brick.files.is_empty()) {
+        let mut files = table(&["file", "regions", "bytes"]);
+        for file in &brick.files {
+            let path = if file.path.is_empty() {
+                format!("(inode {}, no name any more)", file.ino)
+            } else {
+                file.path.clone()
+            };
+            files.add_row(vec![path.into(), number(file.regions), number(bytes(file.bytes))]);
+        }
+        text.push_str(&format!("\n{}:{} lacks\n{}\n", brick.server, brick.path, text_of(&files)));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn brick(state: &str, regions: u64) -> BrickHealRow {
+        BrickHealRow {
+            server: "s1:7440".into(),
+            path: "/b".into(),
+            state: state.into(),
+            missed_regions: regions,
+            missed_bytes: regions << 20,
+            rate_bytes: 0,
+            left_seconds: UNKNOWN,
+            files: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn nothing_to_heal_is_said_only_when_every_brick_is_in_sync_and_misses_nothing() {
+        let said = |bricks: Vec<BrickHealRow>| {
+            let reply = HealInfoReply { bricks };
+            let text = to_text("v", &reply).contains("\nnothing to heal");
+            assert_eq!(to_json("v", &reply)["nothing_to_heal"], text);
+            text
+        };
+        assert!(said(vec![brick("in-sync", 0), brick("in-sync", 0)]));
+        assert!(!said(vec![brick("in-sync", 0), brick("out", 0)]));
+        assert!(!said(vec![brick("in-sync", 0), brick("syncing", 2)]));
+    }
+
+    #[test]
+    fn a_brick_under_repair_shows_what_is_left_and_for_which_files() {
+        let mut syncing = brick("syncing", 2);
+        syncing.rate_bytes = 1 << 20;
+        syncing.left_seconds = 2;
+        syncing.files.push(FileHealRow { path: "/vm1.qcow2".into(), ino: 7, regions: 2, bytes: 2 << 20 });
+        syncing.files.push(FileHealRow { path: String::new(), ino: 8, regions: 0, bytes: 0 });
+        let reply = HealInfoReply { bricks: vec![syncing] };
+        let text = to_text("v", &reply);
+        for part in ["2 regions", "2.0 MiB", "1.0 MiB/s", "2 s", "/vm1.qcow2", "(inode 8, no name any more)"] {
+            assert!(text.contains(part), "{part} in\n{text}");
+        }
+        assert_eq!(to_json("v", &reply)["bricks"][0]["left_seconds"], 2);
+        assert_eq!(to_json("v", &reply)["bricks"][0]["files"][1]["path"], Value::Null);
+    }
+}

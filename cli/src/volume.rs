@@ -1,0 +1,270 @@
+//! `mortar volume …`: what volumes there are, and what is done to them.
+
+use clap::Subcommand;
+use mortar_proto::wire::cluster::{VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest};
+use serde_json::json;
+
+use crate::bricks::{check_name, parse_layout};
+use crate::cluster::Cluster;
+use crate::confirm::confirm;
+use crate::failure::{Failure, Outcome};
+use crate::output::Output;
+use crate::{heal, options, report};
+
+/// What can be done with volumes.
+#[derive(Subcommand, Debug)]
+pub enum VolumeCommand {
+    /// Make a volume from empty directories on XFS, three a replica set
+    #[command(after_help = "\
+Each three bricks in a row, in the order given, make one replica set: every file lives on the three bricks of one set. Each brick must be an empty directory (or one that does not exist yet) on an XFS file system, below its mount point, so \
+that a disk that is not mounted is noticed and not written beside. S may be host, host:port, or [v6]:port.
+
+--force lifts what is a matter of taste: bricks on the root file system, and one server twice in a set. It never lifts \
+what would lose data: a directory that is not empty, or a brick of another volume.
+
+Examples:
+  mortar volume create vmstore replica 3 s1:/bricks/b1/data s2:/bricks/b1/data s3:/bricks/b1/data
+  mortar volume create vmstore replica 3 s1:/b1/d s2:/b1/d s3:/b1/d s1:/b2/d s2:/b2/d s3:/b2/d")]
+    Create {
+        /// The volume's name: letters, digits, '.', '-' and '_'
+        name: String,
+        /// 'replica 3' and the bricks, each SERVER:/path
+        #[arg(value_name = "replica 3 S1:/path S2:/path S3:/path")]
+        layout: Vec<String>,
+        /// Allow bricks on the root file system, and one server twice in a set
+        #[arg(long)]
+        force: bool,
+    },
+    /// Let clients mount a volume
+    #[command(after_help = "Example:\n  mortar volume start vmstore")]
+    Start {
+        /// The volume
+        name: String,
+    },
+    /// Shut clients out; asks first
+    #[command(
+        after_help = "Refused while a client has the volume mounted, unless --force.\n\nExample:\n  mortar volume stop vmstore --yes"
+    )]
+    Stop {
+        /// The volume
+        name: String,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+        /// Also while clients have it mounted: their guests' disks fail
+        #[arg(long)]
+        force: bool,
+    },
+    /// Forget a stopped volume; asks first. The files stay on the bricks
+    #[command(
+        after_help = "The bricks' directories keep their files, plainly readable, and have to be emptied by hand before they can \
+        become bricks again.\n\nExample:\n  mortar volume delete vmstore"
+    )]
+    Delete {
+        /// The volume
+        name: String,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// List the volumes, one a line
+    List,
+    /// Show how volumes were set up: bricks and options
+    Info {
+        /// The volume; all if none is given
+        name: Option<String>,
+    },
+    /// Show how volumes do just now: bricks, free space, clients
+    Status {
+        /// The volume; all if none is given
+        name: Option<String>,
+    },
+    /// Set an option; it takes effect at once
+    #[command(
+        after_help = "'mortar volume options' lists the options.\n\nExample:\n  mortar volume set vmstore auth.allow 10.0.0.0/24,10.0.1.7"
+    )]
+    Set {
+        /// The volume
+        name: String,
+        /// The option
+        key: String,
+        /// Its value
+        #[arg(allow_hyphen_values = true)]
+        value: String,
+    },
+    /// Show options in force, set or default
+    Get {
+        /// The volume
+        name: String,
+        /// The option; all if none is given
+        key: Option<String>,
+    },
+    /// Take an option back to its default
+    Reset {
+        /// The volume
+        name: String,
+        /// The option
+        key: String,
+    },
+    /// List the options there are: default, range, meaning
+    Options,
+    /// Show what the bricks lack and how the repair goes on
+    #[command(
+        after_help = "Nothing has to be started: a brick that comes back is repaired by itself. 'info' shows, per brick, its state, the \
+        regions (of 1 MiB) and bytes it lacks, how fast they come, how long it will take, and which files they belong to.\n\n\
+        Example:\n  mortar volume heal vmstore info"
+    )]
+    Heal {
+        /// The volume
+        name: String,
+        /// What to do
+        #[command(subcommand)]
+        action: HealAction,
+    },
+}
+
+/// What can be done about repair.
+#[derive(Subcommand, Debug)]
+pub enum HealAction {
+    /// Show it
+    Info,
+}
+
+/// Does it.
+///
+/// # Errors
+/// What was refused or failed.
+pub async fn run(command: VolumeCommand, cluster: &Cluster, output: Output) -> Outcome {
+    match command {
+        VolumeCommand::Create { name, layout, force } => create(cluster, output, name, &layout, force).await,
+        VolumeCommand::Start { name } => {
+            let request = named(&name)?;
+            cluster.change(async |mut client| client.volume_start(request.clone()).await).await?;
+            output.done("volume started", &format!("Volume {name} is started: clients can mount it."));
+            Ok(())
+        }
+        VolumeCommand::Stop { name, yes, force } => {
+            let request = VolumeRequest { force, ..named(&name)? };
+            confirm(yes, &format!("Stopping volume {name} makes its files unavailable to every client."))?;
+            cluster.change(async |mut client| client.volume_stop(request.clone()).await).await?;
+            output.done("volume stopped", &format!("Volume {name} is stopped."));
+            Ok(())
+        }
+        VolumeCommand::Delete { name, yes } => {
+            let request = named(&name)?;
+            confirm(
+                yes,
+                &format!("Deleting volume {name} makes the cluster forget it; the files stay on its bricks."),
+            )?;
+            cluster.change(async |mut client| client.volume_delete(request.clone()).await).await?;
+            output.done("volume deleted", &format!("Volume {name} is deleted. Its files are still on its bricks."));
+            Ok(())
+        }
+        VolumeCommand::List => {
+            let reply = infos(cluster, None).await?;
+            output.show(&report::list_json(&reply), || report::list_text(&reply));
+            Ok(())
+        }
+        VolumeCommand::Info { name } => {
+            let reply = infos(cluster, name.as_deref()).await?;
+            output.show(&report::info_json(&reply), || report::info_text(&reply));
+            Ok(())
+        }
+        VolumeCommand::Status { name } => {
+            let request = match &name {
+                Some(name) => named(name)?,
+                None => VolumeRequest::default(),
+            };
+            let reply = cluster.ask(async |mut client| client.volume_status(request.clone()).await).await?;
+            output.show(&report::status_json(&reply), || report::status_text(&reply));
+            Ok(())
+        }
+        VolumeCommand::Set { name, key, value } => {
+            let request = VolumeSetRequest { name: named(&name)?.name, key, value, reset: false };
+            options::check(&request.key, &request.value)?;
+            cluster.change(async |mut client| client.volume_set(request.clone()).await).await?;
+            output.done("option set", &format!("{} of volume {name} is now {}.", request.key, request.value));
+            Ok(())
+        }
+        VolumeCommand::Reset { name, key } => {
+            let request = VolumeSetRequest { name: named(&name)?.name, key, value: String::new(), reset: true };
+            let option = options::find(&request.key)?;
+            cluster.change(async |mut client| client.volume_set(request.clone()).await).await?;
+            output.done("option reset", &format!("{} of volume {name} is {} again.", option.key, option.default));
+            Ok(())
+        }
+        VolumeCommand::Get { name, key } => get(cluster, output, &name, key.as_deref()).await,
+        VolumeCommand::Options => {
+            output.show(&options::table_json(), options::table_text);
+            Ok(())
+        }
+        VolumeCommand::Heal { name, action: HealAction::Info } => {
+            named(&name)?;
+            heal::info(cluster, output, &name).await
+        }
+    }
+}
+
+/// A request about one volume, its name checked.
+fn named(name: &str) -> Outcome<VolumeRequest> {
+    check_name(name)?;
+    Ok(VolumeRequest { name: name.to_owned(), force: false })
+}
+
+async fn create(cluster: &Cluster, output: Output, name: String, layout: &[String], force: bool) -> Outcome {
+    check_name(&name)?;
+    let bricks = parse_layout(layout, force)?;
+    let specs = bricks.iter().map(crate::bricks::Brick::to_spec).collect();
+    let request = VolumeCreateRequest { name: name.clone(), replica: 3, bricks: specs, force };
+    cluster.change(async |mut client| client.volume_create(request.clone()).await).await?;
+    output.done(
+        "volume created",
+        &format!("Volume {name} is created. 'mortar volume start {name}' lets clients mount it."),
+    );
+    Ok(())
+}
+
+async fn infos(cluster: &Cluster, name: Option<&str>) -> Outcome<VolumeInfoReply> {
+    let request = match name {
+        Some(name) => named(name)?,
+        None => VolumeRequest::default(),
+    };
+    cluster.ask(async |mut client| client.volume_info(request.clone()).await).await
+}
+
+async fn get(cluster: &Cluster, output: Output, name: &str, key: Option<&str>) -> Outcome {
+    let wanted = match key {
+        Some(key) => vec![options::find(key)?],
+        None => options::all().iter().collect(),
+    };
+    let reply = infos(cluster, Some(name)).await?;
+    let Some(volume) = reply.volumes.first() else {
+        return Err(Failure::failed(format!("There is no volume '{name}'.")));
+    };
+    let rows: Vec<_> = wanted
+        .iter()
+        .map(|option| {
+            let set = volume.options.get(option.key).map(String::as_str);
+            (option.key, set.unwrap_or(option.default), set.is_some())
+        })
+        .collect();
+    let json = json!({ "volume": name, "options": rows.iter().map(|(key, value, set)| {
+        json!({ "key": key, "value": value, "set": set })
+    }).collect::<Vec<_>>() });
+    output.show(&json, || {
+        if let (Some(_), [(_, value, _)]) = (key, rows.as_slice()) {
+            return (*value).to_owned();
+        }
+        let mut table = crate::output::table(&["option", "value", ""]);
+        for (key, value, set) in &rows {
+            table.add_row(vec![*key, value, if *set { "set" } else { "default" }]);
+        }
+        crate::output::text_of(&table)
+    });
+    Ok(())
+}
+
+/// How many replica sets a volume has.
+pub fn sets(volume: &VolumeRow) -> u64 {
+    volume.bricks.iter().map(|brick| u64::from(brick.set) + 1).max().unwrap_or(0)
+}

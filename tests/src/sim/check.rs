@@ -1,0 +1,113 @@
+//! What must be true after each step: I1, I2, I3, I7, I8, and what a cold start may lose.
+
+use mortar_proto::BrickState;
+use mortar_proto::config::{Configuration, Slot};
+
+use super::world::{Wire, World, slot};
+
+impl World {
+    pub(super) fn check_step(&mut self) {
+        if self.failure.is_some() {
+            return;
+        }
+        let configuration = self.configuration();
+        for s in 0..3 {
+            let brick = &self.bricks[s];
+            let member = configuration.members[s];
+            let in_sync = member.state == BrickState::InSync && member.incarnation == brick.incarnation;
+            let serves = brick.replica.as_ref().is_some_and(|r| r.may_read(self.brick_now(s)));
+            if member.state != BrickState::InSync && !serves {
+                continue;
+            }
+            for ino in &self.files {
+                let content = brick.disk.content(*ino);
+                let needs = self.history.needs(*ino);
+                if (serves || in_sync && brick.is_up())
+                    && let Err(why) = self.history.check_all(*ino, &content, &needs)
+                {
+                    let rule = if serves { "I2: it serves reads" } else { "I1" };
+                    self.fail(|| format!("b{s}, {:?} under n={}: {rule}: {why}", member.state, configuration.n));
+                    return;
+                }
+                if member.state == BrickState::InSync {
+                    let needs = self.history.flushed_needs(*ino);
+                    for b in 0..needs.len() {
+                        if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), needs[b]) {
+                            self.fail(|| format!("I7: b{s} has not made durable what was flushed: {why}"));
+                            return;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn configuration_committed(&mut self, old: &Configuration, new: &Configuration, cold: Option<Slot>) {
+        self.count("configuration");
+        if new.in_sync().is_empty() {
+            self.fail(|| format!("I8: no brick is InSync under {new:?}"));
+        }
+        for s in Slot::ALL {
+            if old.state(s) == BrickState::Syncing && new.state(s) == BrickState::InSync {
+                self.count("promoted");
+            }
+        }
+        if let Some(source) = cold {
+            self.count("cold start");
+            let i = source.index();
+            let kept = |s: &Slot| new.members[s.index()].boot == old.members[s.index()].boot;
+            if !kept(&source) {
+                let better = old
+                    .in_sync()
+                    .iter()
+                    .find(|s| kept(s) && new.members[s.index()].incarnation != old.members[s.index()].incarnation);
+                if let Some(better) = better {
+                    self.fail(|| format!("E6: b{i} is the source, but b{} kept its boot id", better.0));
+                }
+                self.count("cold start with loss");
+                let disk = self.bricks[i].disk.clone();
+                self.history.cold_start(new.n, &disk);
+                self.forgive_reads();
+            }
+        }
+    }
+
+    /// I3: no InSync brick accepts a mutation of a lower epoch after any of them has accepted one of a higher.
+    pub(super) fn mutation_accepted(&mut self, s: usize, wire: &Wire) {
+        let member = self.configuration().members[s];
+        if member.state != BrickState::InSync || member.incarnation != self.bricks[s].incarnation {
+            return;
+        }
+        let epoch = wire.request.epoch.0;
+        let highest = self.accepted.entry(wire.ino).or_default();
+        if epoch < *highest {
+            let highest = *highest;
+            self.fail(|| format!("I3: b{s} accepts a mutation of epoch {epoch} after one of {highest} was accepted"));
+        } else {
+            *highest = epoch;
+        }
+    }
+
+    /// I5: the bricks are equal.
+    pub(super) fn check_equal(&mut self) {
+        for ino in self.files.clone() {
+            let contents: Vec<_> = (0..3).map(|s| self.bricks[s].disk.content(ino)).collect();
+            let differs = contents.iter().any(|c| c.blocks != contents[0].blocks || c.size != contents[0].size);
+            if differs {
+                self.fail(|| format!("I5: the bricks differ at rest in {ino:?}: {contents:?}"));
+            }
+        }
+        let _ = slot(0);
+    }
+
+    /// I10: everything has ended well.
+    pub(super) fn is_at_rest(&self) -> bool {
+        let c = self.configuration();
+        c.in_sync().count() == 3
+            && self.bricks.iter().enumerate().all(|(s, b)| {
+                b.replica.as_ref().is_some_and(|r| r.is_drained() && c.members[s].incarnation == r.incarnation())
+            })
+            && self.clients.iter().all(|c| c.up && c.is_quiet())
+            && self.leader.log.leases.values().all(|l| l.holder.is_some() || !l.unsettled)
+    }
+}

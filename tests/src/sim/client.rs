@@ -1,0 +1,502 @@
+//! A mount's process, or the janitor's: real coordinators, one per file, around a virtual network and applications that ask
+//! for things at random.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use mortar_proto::config::{Configuration, Slots};
+use mortar_proto::coordinator::{
+    Answer, Body, Completion, Coordinator, Effect, Event, Mutation, OpId, Operation, RequestId,
+};
+use mortar_proto::types::{BLOCK_BYTES, ByteRange, Epoch, Ino, SessionId};
+
+use super::disk::{BLOCKS, Content};
+use super::history::{Kind, Needs};
+use super::leader::{FromLeader, ToLeader};
+use super::world::{Connection, Happening, JANITOR, Node, TIMEOUTS, Wire, World, mutation_of, slot};
+
+/// Operations that an application has under way at most.
+const AT_ONCE: usize = 6;
+
+/// What a mount asks the leader for, about one file, one at a time.
+#[derive(Clone, Copy, Debug)]
+enum Control {
+    Acquire,
+    Release { session: SessionId, epoch: Epoch, finished: bool },
+}
+
+/// An operation that an application waits for.
+#[derive(Clone, Debug)]
+struct Pending {
+    ino: Ino,
+    what: What,
+}
+
+#[derive(Clone, Debug)]
+enum What {
+    Mutation,
+    Read { first: usize, count: usize, needs: Needs },
+    Flush(Vec<OpId>),
+    Stat,
+}
+
+/// A client.
+pub struct Client {
+    index: usize,
+    /// It runs.
+    pub up: bool,
+    /// Counts its starts.
+    pub generation: u64,
+    session: Option<SessionId>,
+    /// Sessions it has had.
+    had: Vec<SessionId>,
+    configuration: Option<Configuration>,
+    coordinators: BTreeMap<Ino, Coordinator>,
+    /// The number of the connection to each brick; 0: none.
+    pub links: [u64; 3],
+    pending: BTreeMap<OpId, Pending>,
+    control: BTreeMap<Ino, VecDeque<(u64, Control)>>,
+    last_epoch: BTreeMap<Ino, Epoch>,
+    next_keep_alive: u64,
+    next_control: u64,
+}
+
+impl Client {
+    /// One that has not started.
+    #[must_use]
+    pub fn new(index: usize) -> Self {
+        Self {
+            index,
+            up: false,
+            generation: 0,
+            session: None,
+            had: Vec::new(),
+            configuration: None,
+            coordinators: BTreeMap::new(),
+            links: [0; 3],
+            pending: BTreeMap::new(),
+            control: BTreeMap::new(),
+            last_epoch: BTreeMap::new(),
+            next_keep_alive: 0,
+            next_control: 0,
+        }
+    }
+    /// It still is the one with this number.
+    #[must_use]
+    pub fn runs(&self, generation: u64) -> bool {
+        self.up && self.generation == generation
+    }
+    /// Operations that are not completed.
+    #[must_use]
+    pub fn waits(&self) -> usize {
+        self.pending.len()
+    }
+    /// What it does, for a failure's message.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        format!(
+            "c{} session {:?} links {:?} pending {:?} {:#?}",
+            self.index, self.session, self.links, self.pending, self.coordinators
+        )
+    }
+    /// None of its coordinators has anything under way, except for holding leases.
+    #[must_use]
+    pub fn is_quiet(&self) -> bool {
+        self.pending.is_empty() && self.coordinators.values().all(|c| c.is_idle() || c.is_repaired())
+    }
+}
+
+impl World {
+    pub(super) fn start_client(&mut self, c: usize) {
+        let generation = self.number();
+        let mut client = Client::new(c);
+        client.up = true;
+        client.generation = generation;
+        self.clients[c] = client;
+        self.note(|| format!("c{c} starts as {generation}"));
+        self.after(0, Happening::ClientTick(c, generation));
+        if c != JANITOR {
+            self.after(10, Happening::Application(c, generation));
+        }
+    }
+
+    pub(super) fn crash_client(&mut self, c: usize) {
+        self.note(|| format!("c{c} crashes"));
+        self.clients[c].up = false;
+        self.clients[c].links = [0; 3];
+        let lost = self.clients[c].pending.len() as u64;
+        self.clients[c].pending.clear();
+        self.submitted -= lost;
+        let down = self.rng.between(50, 3000);
+        self.after(down, Happening::ClientStart(c));
+    }
+
+    fn to_leader(&mut self, c: usize, message: ToLeader) {
+        self.send(Node::Client(c), Node::Leader, false, Happening::ToLeader(message));
+    }
+
+    pub(super) fn client_tick(&mut self, c: usize) {
+        let now = self.now;
+        let generation = self.clients[c].generation;
+        if self.clients[c].next_keep_alive <= now {
+            self.clients[c].next_keep_alive = now + 300;
+            let session = self.clients[c].session;
+            self.to_leader(c, ToLeader::KeepAlive { client: c, generation, session });
+        }
+        if self.clients[c].next_control <= now {
+            self.clients[c].next_control = now + 400;
+            let files: Vec<Ino> = self.clients[c].control.keys().copied().collect();
+            for ino in files {
+                self.send_control(c, ino);
+            }
+        }
+        let files: Vec<Ino> = self.clients[c].coordinators.keys().copied().collect();
+        for ino in files {
+            self.tell(c, ino, Event::Tick, None);
+        }
+        if c == JANITOR && self.rng.chance(100) {
+            self.look_after_files();
+        }
+    }
+
+    /// Section 7: files that need repair, or that a dead holder left in doubt, and that nobody holds.
+    fn look_after_files(&mut self) {
+        let c = JANITOR;
+        if self.clients[c].session.is_none() || self.clients[c].configuration.is_none() {
+            return;
+        }
+        let repairs = !self.configuration().syncing().is_empty();
+        for ino in self.files.clone() {
+            let lease = self.leader.log.leases.get(&ino).copied().unwrap_or_default();
+            let nobody = lease.holder.is_none();
+            let ours = lease.holder.is_some() && lease.holder == self.clients[c].session;
+            if nobody && (repairs || lease.unsettled) {
+                self.coordinator(c, ino);
+                self.tell(c, ino, Event::Adopt, None);
+            } else if ours && self.clients[c].coordinators.get(&ino).is_some_and(Coordinator::is_repaired) {
+                self.tell(c, ino, Event::Forget, None);
+            }
+        }
+    }
+
+    fn coordinator(&mut self, c: usize, ino: Ino) {
+        let client = &mut self.clients[c];
+        if let (Some(configuration), false) = (client.configuration, client.coordinators.contains_key(&ino)) {
+            let links = (0..3).filter(|s| client.links[*s] != 0).map(slot).collect::<Slots>();
+            client.coordinators.insert(ino, Coordinator::new(ino, configuration, links, TIMEOUTS));
+        }
+    }
+
+    pub(super) fn application(&mut self, c: usize) {
+        let generation = self.clients[c].generation;
+        let gap = self.rng.delay(self.faults.gap_ms, 1500);
+        if !self.winding_down {
+            self.after(gap, Happening::Application(c, generation));
+        }
+        let ready = self.clients[c].session.is_some() && self.clients[c].configuration.is_some();
+        if !ready || self.winding_down || self.clients[c].pending.len() >= AT_ONCE {
+            return;
+        }
+        let ino = self.files[self.rng.index(self.files.len())];
+        self.coordinator(c, ino);
+        let op = OpId(self.number());
+        let (operation, what) = match self.rng.below(100) {
+            0..45 => {
+                let first = self.rng.index(BLOCKS);
+                let count = 1 + self.rng.index((BLOCKS - first).min(3));
+                self.history.submitted(op, generation, ino, Kind::Write { first, count });
+                let write = Mutation::Write { offset: self.geometry.offset(first), length: count as u64 * BLOCK_BYTES };
+                (Operation::Mutate(write), What::Mutation)
+            }
+            45..52 => {
+                let size = self.geometry.offset(self.rng.index(BLOCKS + 1));
+                self.history.submitted(op, generation, ino, Kind::Truncate { size });
+                (Operation::Mutate(Mutation::Truncate { size }), What::Mutation)
+            }
+            52..85 => {
+                let first = self.rng.index(BLOCKS);
+                let count = 1 + self.rng.index(BLOCKS - first);
+                let needs = self.history.needs(ino);
+                let range = ByteRange::at(self.geometry.offset(first), count as u64 * BLOCK_BYTES);
+                (Operation::Read(range), What::Read { first, count, needs })
+            }
+            85..95 => {
+                let ops = self.history.to_flush(generation, ino);
+                (Operation::Flush, What::Flush(ops))
+            }
+            _ => (Operation::Stat, What::Stat),
+        };
+        self.note(|| format!("c{c} submits {} {ino:?} {operation:?}", op.0));
+        self.submitted += 1;
+        self.clients[c].pending.insert(op, Pending { ino, what });
+        self.tell(c, ino, Event::Submit(op, operation), None);
+    }
+
+    /// Hands an event to the coordinator of a file and does what it wants done.
+    pub(super) fn tell(&mut self, c: usize, ino: Ino, event: Event, content: Option<Content>) {
+        let now = self.now;
+        let mut effects = Vec::new();
+        let Some(coordinator) = self.clients[c].coordinators.get_mut(&ino) else { return };
+        coordinator.handle(event, now, &mut effects);
+        for effect in effects {
+            self.effect(c, ino, effect, content);
+        }
+    }
+
+    fn tell_all(&mut self, c: usize, event: &Event) {
+        let files: Vec<Ino> = self.clients[c].coordinators.keys().copied().collect();
+        for ino in files {
+            self.tell(c, ino, event.clone(), None);
+        }
+    }
+
+    fn effect(&mut self, c: usize, ino: Ino, effect: Effect, content: Option<Content>) {
+        let generation = self.clients[c].generation;
+        match effect {
+            Effect::Send(request) => {
+                let s = request.slot.index();
+                let number = self.clients[c].links[s];
+                let session = self.clients[c].session.unwrap_or(SessionId(0));
+                if let Some(op) = mutation_of(&request) {
+                    self.history.sent(op, (request.epoch, request.seq), request.n);
+                }
+                if number != 0 {
+                    let connection = Connection { client: c, slot: s, number };
+                    let wire = Wire { connection, session, ino, request };
+                    self.send(Node::Client(c), Node::Brick(s), true, Happening::Request(wire));
+                }
+            }
+            Effect::Complete(op, completion) => self.completed(c, op, completion, content),
+            Effect::Discard(_) => {}
+            Effect::AcquireLease => self.ask_leader(c, ino, Control::Acquire),
+            Effect::ReleaseLease { epoch, finished } => {
+                if let Some(session) = self.clients[c].session {
+                    self.ask_leader(c, ino, Control::Release { session, epoch, finished });
+                }
+            }
+            Effect::Suspect(slot, n) => self.to_leader(c, ToLeader::Suspect(slot, n)),
+            Effect::Refresh => self.to_leader(c, ToLeader::Refresh(c, generation)),
+            Effect::WantPermit => {
+                let delay = self.rng.delay(20, 200);
+                self.after(delay, Happening::Permit(c, generation, ino));
+            }
+        }
+    }
+
+    fn completed(&mut self, c: usize, op: OpId, completion: Completion, content: Option<Content>) {
+        let Some(pending) = self.clients[c].pending.remove(&op) else {
+            self.fail(|| format!("operation {} was completed twice, or never asked for", op.0));
+            return;
+        };
+        self.completed += 1;
+        self.note(|| format!("c{c} completed {} {completion:?} {content:?}", op.0));
+        match (pending.what, completion) {
+            (What::Mutation, Completion::Done) => self.history.acknowledged(op),
+            (What::Mutation, Completion::LeaseLost) => self.count("lease lost"),
+            (What::Mutation, Completion::Failed(_)) => self.count("failed"),
+            (What::Read { first, count, needs }, Completion::Bytes) => {
+                let Some(content) = content else {
+                    self.fail(|| format!("read {} completed without bytes", op.0));
+                    return;
+                };
+                for b in first..first + count {
+                    let need = needs[b];
+                    if let Err(why) = self.history.check(pending.ino, b, content.blocks[b], need) {
+                        self.fail(|| format!("I2: read {} of c{c}: {why}", op.0));
+                    }
+                }
+            }
+            (What::Flush(ops), Completion::Done) => self.history.flushed(&ops),
+            (What::Stat, Completion::Stat(_)) | (What::Flush(_), Completion::LeaseLost) => {}
+            (what, completion) => self.fail(|| format!("operation {} {what:?} ended in {completion:?}", op.0)),
+        }
+    }
+
+    /// A cold start has lost what reads that are under way would have had to see.
+    pub(super) fn forgive_reads(&mut self) {
+        for pending in self.clients.iter_mut().flat_map(|c| c.pending.values_mut()) {
+            if let What::Read { needs, .. } = &mut pending.what {
+                let now = self.history.needs(pending.ino);
+                for (need, now) in needs.iter_mut().zip(now) {
+                    *need = need.at_most(now);
+                }
+            }
+        }
+    }
+
+    // -- the leader ----------------------------------------------------------------------------------------------------
+
+    fn ask_leader(&mut self, c: usize, ino: Ino, control: Control) {
+        let number = self.number();
+        let queue = self.clients[c].control.entry(ino).or_default();
+        queue.push_back((number, control));
+        if queue.len() == 1 {
+            self.send_control(c, ino);
+        }
+    }
+
+    fn send_control(&mut self, c: usize, ino: Ino) {
+        let generation = self.clients[c].generation;
+        let Some((number, control)) = self.clients[c].control.get(&ino).and_then(|q| q.front()).copied() else {
+            return;
+        };
+        match control {
+            Control::Acquire => {
+                if let Some(session) = self.clients[c].session {
+                    self.to_leader(c, ToLeader::Acquire { client: c, generation, session, ino, number });
+                }
+            }
+            Control::Release { session, epoch, finished } => {
+                let message = ToLeader::Release { client: c, generation, session, ino, number, epoch, finished };
+                self.to_leader(c, message);
+            }
+        }
+    }
+
+    fn control_done(&mut self, c: usize, ino: Ino, number: u64) -> bool {
+        let Some(queue) = self.clients[c].control.get_mut(&ino) else { return false };
+        if queue.front().is_none_or(|f| f.0 != number) {
+            return false;
+        }
+        queue.pop_front();
+        self.send_control(c, ino);
+        true
+    }
+
+    pub(super) fn from_leader(&mut self, message: FromLeader) {
+        match message {
+            FromLeader::Beat { slot, generation, sent_ms, commit, agree } => {
+                if self.bricks[slot].runs(generation) && self.bricks[slot].paused_until <= self.now {
+                    self.beat_answered(slot, sent_ms, commit, agree);
+                }
+            }
+            FromLeader::Configured(c, generation, configuration) => {
+                if self.clients[c].runs(generation)
+                    && self.clients[c].configuration.is_none_or(|old| old.n < configuration.n)
+                {
+                    self.clients[c].configuration = Some(configuration);
+                    self.note(|| format!("c{c} learns n={}", configuration.n));
+                    self.tell_all(c, &Event::Configured(configuration));
+                }
+            }
+            FromLeader::Session(c, generation, session) => self.session_told(c, generation, session),
+            FromLeader::Granted { client: c, generation, session, ino, number, grant } => {
+                if !self.clients[c].runs(generation)
+                    || self.clients[c].session != Some(session)
+                    || !self.control_done(c, ino, number)
+                {
+                    return;
+                }
+                let Some((epoch, recover)) = grant else {
+                    self.ask_leader(c, ino, Control::Acquire);
+                    return;
+                };
+                let last = self.clients[c].last_epoch.insert(ino, epoch).unwrap_or_default();
+                let had = &self.clients[c].had;
+                let foreign = self
+                    .leader
+                    .log
+                    .grants
+                    .get(&ino)
+                    .is_some_and(|g| g.iter().any(|(e, by)| *e > last.0 && *e < epoch.0 && !had.contains(by)));
+                self.note(|| format!("c{c} granted {ino:?} e={epoch} recover={recover} foreign={foreign}"));
+                self.tell(c, ino, Event::Granted { epoch, recover, foreign }, None);
+            }
+            FromLeader::Released { client: c, generation, ino, number } => {
+                if self.clients[c].runs(generation) {
+                    self.control_done(c, ino, number);
+                }
+            }
+            FromLeader::Recall { client: c, generation, ino, epoch } => {
+                if self.clients[c].runs(generation) {
+                    self.note(|| format!("c{c} recalled {ino:?} e={epoch}"));
+                    self.tell(c, ino, Event::Recalled(epoch), None);
+                }
+            }
+        }
+    }
+
+    fn session_told(&mut self, c: usize, generation: u64, session: Option<SessionId>) {
+        if !self.clients[c].runs(generation) {
+            return;
+        }
+        match session {
+            Some(session) if self.clients[c].session.is_none() => {
+                self.note(|| format!("c{c} has session {session}"));
+                self.clients[c].session = Some(session);
+                self.clients[c].had.push(session);
+                for s in 0..3 {
+                    self.after(0, Happening::Connect(c, generation, s));
+                }
+            }
+            None if self.clients[c].session.is_some() => {
+                self.note(|| format!("c{c} lost its session"));
+                self.clients[c].session = None;
+                self.clients[c].next_keep_alive = 0;
+                // What was asked for under the old session is answered by nobody. A release needs none.
+                for queue in self.clients[c].control.values_mut() {
+                    queue.retain(|(_, control)| matches!(control, Control::Acquire));
+                }
+                self.tell_all(c, &Event::LeaseLost);
+            }
+            _ => {}
+        }
+    }
+
+    // -- connections ---------------------------------------------------------------------------------------------------
+
+    pub(super) fn answer_arrives(
+        &mut self,
+        connection: Connection,
+        ino: Ino,
+        id: RequestId,
+        answer: Answer,
+        content: Option<Content>,
+    ) {
+        let Connection { client: c, slot: s, number } = connection;
+        if self.clients[c].up && self.clients[c].links[s] == number {
+            self.note(|| format!("c{c} <- b{s} {id:?} {answer:?}"));
+            self.tell(c, ino, Event::Answered(id, answer), content);
+        }
+    }
+
+    pub(super) fn link_broken(&mut self, connection: Connection) {
+        let Connection { client: c, slot: s, number } = connection;
+        if self.clients[c].links[s] != number || number == 0 {
+            return;
+        }
+        self.note(|| format!("c{c} loses its connection to b{s}"));
+        self.clients[c].links[s] = 0;
+        self.tell_all(c, &Event::LinkDown(slot(s)));
+        let generation = self.clients[c].generation;
+        let delay = self.rng.between(1, 200);
+        self.after(delay, Happening::Connect(c, generation, s));
+    }
+
+    pub(super) fn connect(&mut self, c: usize, s: usize) {
+        if self.clients[c].links[s] != 0 {
+            return;
+        }
+        let (client, brick) = (Node::Client(c), Node::Brick(s));
+        let reachable = self.bricks[s].is_up()
+            && self.bricks[s].paused_until <= self.now
+            && self.cut_until(client, brick).is_none()
+            && self.cut_until(brick, client).is_none();
+        if !reachable || self.rng.chance(100) {
+            let generation = self.clients[c].generation;
+            let delay = self.rng.between(20, 300);
+            self.after(delay, Happening::Connect(c, generation, s));
+            return;
+        }
+        let number = self.number();
+        self.note(|| format!("c{c} connects to b{s}"));
+        self.accept(s, c, number);
+        self.clients[c].links[s] = number;
+        self.tell_all(c, &Event::LinkUp(slot(s)));
+    }
+
+    /// A request's body says whether it is served from a brick's cache alone.
+    #[must_use]
+    pub fn is_read(body: &Body) -> bool {
+        matches!(body, Body::Read(_) | Body::Stat | Body::Seek { .. })
+    }
+}

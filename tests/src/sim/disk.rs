@@ -1,0 +1,260 @@
+//! A brick's disk: a page cache above what is durable. A killed process keeps the cache; a power cut keeps, of each block on
+//! its own, anything between what was durable and what was written last, for file systems order nothing until fsync.
+//!
+//! A block's content is the number of the operation that wrote it; 0 is a hole.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mortar_proto::Slot;
+use mortar_proto::interval::IntervalSet;
+use mortar_proto::replica::Recorded;
+use mortar_proto::types::{BLOCK_BYTES, ByteRange, Ino};
+
+use super::rng::Rng;
+
+/// Blocks of a file that are looked at.
+pub const BLOCKS: usize = 4;
+
+/// Where the blocks lie: the middle of them is a boundary of regions, or of intent extents.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// The offset of block 0.
+    pub base: u64,
+}
+
+impl Geometry {
+    /// The first byte of a block.
+    #[must_use]
+    pub fn offset(self, block: usize) -> u64 {
+        self.base + block as u64 * BLOCK_BYTES
+    }
+    /// The bytes of a block.
+    #[must_use]
+    pub fn range(self, block: usize) -> ByteRange {
+        ByteRange::at(self.offset(block), BLOCK_BYTES)
+    }
+    /// The blocks of a range.
+    pub fn blocks(self, range: ByteRange) -> impl Iterator<Item = usize> {
+        (0..BLOCKS).filter(move |b| self.range(*b).overlaps(&range))
+    }
+}
+
+/// One thing that is written as a whole, with everything it may be after a power cut, oldest first.
+#[derive(Clone, Debug, Default)]
+struct Cell(Vec<(u64, u64)>);
+
+impl Cell {
+    fn value(&self) -> u64 {
+        self.0.last().map_or(0, |w| w.1)
+    }
+    fn durable(&self) -> u64 {
+        self.0.first().map_or(0, |w| w.1)
+    }
+    fn write(&mut self, at: u64, value: u64) {
+        if self.0.is_empty() {
+            self.0.push((0, 0));
+        }
+        self.0.push((at, value));
+    }
+    fn flushed(&mut self, upto: u64) {
+        while self.0.len() > 1 && self.0[1].0 <= upto {
+            self.0.remove(0);
+        }
+    }
+    fn lose_power(&mut self, rng: &mut Rng) {
+        if self.0.len() > 1 {
+            let kept = self.0[rng.index(self.0.len())];
+            self.0 = vec![kept];
+        }
+    }
+}
+
+/// A file's data.
+#[derive(Clone, Debug, Default)]
+struct Data {
+    blocks: [Cell; BLOCKS],
+    size: Cell,
+}
+
+/// What a pull carries.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Content {
+    /// The blocks.
+    pub blocks: [u64; BLOCKS],
+    /// The size.
+    pub size: u64,
+}
+
+/// The disk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    geometry: Geometry,
+    files: BTreeMap<Ino, Data>,
+    writes: u64,
+    /// Write intents that are recorded.
+    intents: BTreeSet<(Ino, u64)>,
+    /// Missed regions that are recorded.
+    missed: BTreeMap<(Slot, Ino), IntervalSet>,
+    /// The last stop was clean.
+    pub clean: bool,
+    /// Records that were deleted and may come back after a power cut.
+    deleted_intents: Vec<(Ino, u64)>,
+    deleted_missed: Vec<(Slot, Ino, core::ops::Range<u64>)>,
+}
+
+impl Disk {
+    /// An empty disk.
+    #[must_use]
+    pub fn new(geometry: Geometry) -> Self {
+        Self {
+            geometry,
+            files: BTreeMap::new(),
+            writes: 0,
+            intents: BTreeSet::new(),
+            missed: BTreeMap::new(),
+            clean: false,
+            deleted_intents: Vec::new(),
+            deleted_missed: Vec::new(),
+        }
+    }
+    /// A block as it would be read.
+    #[must_use]
+    pub fn block(&self, ino: Ino, block: usize) -> u64 {
+        self.files.get(&ino).map_or(0, |f| f.blocks[block].value())
+    }
+    /// A block as it would be after a power cut that loses all it can.
+    #[must_use]
+    pub fn durable(&self, ino: Ino, block: usize) -> u64 {
+        self.files.get(&ino).map_or(0, |f| f.blocks[block].durable())
+    }
+    /// A file's size.
+    #[must_use]
+    pub fn size(&self, ino: Ino) -> u64 {
+        self.files.get(&ino).map_or(0, |f| f.size.value())
+    }
+    /// Everything of a file.
+    #[must_use]
+    pub fn content(&self, ino: Ino) -> Content {
+        Content { blocks: core::array::from_fn(|b| self.block(ino, b)), size: self.size(ino) }
+    }
+    fn set_block(&mut self, ino: Ino, block: usize, value: u64) {
+        self.writes += 1;
+        let at = self.writes;
+        let cell = &mut self.files.entry(ino).or_default().blocks[block];
+        if cell.value() != value {
+            cell.write(at, value);
+        }
+    }
+    /// Sets the size; what lies beyond becomes a hole. True when it changed.
+    pub fn set_size(&mut self, ino: Ino, size: u64) -> bool {
+        let changed = self.size(ino) != size;
+        if changed {
+            self.writes += 1;
+            let at = self.writes;
+            self.files.entry(ino).or_default().size.write(at, size);
+        }
+        for block in 0..BLOCKS {
+            if self.geometry.offset(block) >= size {
+                self.set_block(ino, block, 0);
+            }
+        }
+        changed
+    }
+    /// Writes one block. True when the file grew.
+    pub fn write(&mut self, ino: Ino, block: usize, value: u64) -> bool {
+        let end = self.geometry.range(block).end;
+        let grew = value != 0 && self.size(ino) < end;
+        if grew {
+            self.set_size(ino, end);
+        }
+        self.set_block(ino, block, value);
+        grew
+    }
+    /// What a flush that begins now makes durable when it ends.
+    #[must_use]
+    pub fn written(&self) -> u64 {
+        self.writes
+    }
+    /// A flush that began at `upto` has ended.
+    pub fn flushed(&mut self, ino: Ino, upto: u64) {
+        if let Some(file) = self.files.get_mut(&ino) {
+            file.blocks.iter_mut().for_each(|c| c.flushed(upto));
+            file.size.flushed(upto);
+        }
+    }
+    /// The files there are.
+    #[must_use]
+    pub fn files(&self) -> Vec<Ino> {
+        self.files.keys().copied().collect()
+    }
+    /// The power fails.
+    pub fn lose_power(&mut self, rng: &mut Rng) {
+        for file in self.files.values_mut() {
+            file.blocks.iter_mut().for_each(|c| c.lose_power(rng));
+            file.size.lose_power(rng);
+            let size = file.size.value();
+            for block in 0..BLOCKS {
+                if self.geometry.offset(block) >= size && file.blocks[block].value() != 0 {
+                    file.blocks[block] = Cell::default();
+                }
+            }
+        }
+        for intent in std::mem::take(&mut self.deleted_intents) {
+            if rng.chance(500) {
+                self.intents.insert(intent);
+            }
+        }
+        for (x, ino, regions) in std::mem::take(&mut self.deleted_missed) {
+            if rng.chance(500) {
+                self.missed.entry((x, ino)).or_default().insert(regions);
+            }
+        }
+    }
+    fn sync_records(&mut self) {
+        self.deleted_intents.clear();
+        self.deleted_missed.clear();
+    }
+    /// These intents are durable now.
+    pub fn record_intents(&mut self, ino: Ino, extents: &[u64]) {
+        self.sync_records();
+        self.intents.extend(extents.iter().map(|e| (ino, *e)));
+    }
+    /// These missed regions are durable now.
+    pub fn record_missed(&mut self, x: Slot, ino: Ino, regions: core::ops::Range<u64>) {
+        self.sync_records();
+        self.missed.entry((x, ino)).or_default().insert(regions);
+    }
+    /// Forgets intents; not durably.
+    pub fn forget_intents(&mut self, ino: Ino, extents: &[u64]) {
+        for extent in extents {
+            self.intents.remove(&(ino, *extent));
+            self.deleted_intents.push((ino, *extent));
+        }
+    }
+    /// Forgets a missed region; not durably.
+    pub fn forget_missed(&mut self, x: Slot, ino: Ino, regions: core::ops::Range<u64>) {
+        if let Some(set) = self.missed.get_mut(&(x, ino)) {
+            set.remove(regions.clone());
+            self.deleted_missed.push((x, ino, regions));
+        }
+    }
+    /// Forgets all that a brick misses of a file; not durably.
+    pub fn forget_all_missed(&mut self, x: Slot, ino: Ino) {
+        if let Some(set) = self.missed.remove(&(x, ino)) {
+            self.deleted_missed.extend(set.iter().map(|r| (x, ino, r)));
+        }
+    }
+    /// The clean-stop record is durable, or durably gone.
+    pub fn record_clean(&mut self, clean: bool) {
+        self.sync_records();
+        self.clean = clean;
+    }
+    /// What the replica is told when it starts.
+    #[must_use]
+    pub fn recorded(&self) -> Recorded {
+        Recorded {
+            intents: self.intents.iter().copied().collect(),
+            missed: self.missed.iter().flat_map(|((x, ino), set)| set.iter().map(|r| (*x, *ino, r))).collect(),
+        }
+    }
+}

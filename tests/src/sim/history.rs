@@ -1,0 +1,222 @@
+//! What was asked, what was acknowledged, and what any copy must therefore hold at least.
+//!
+//! Every mutation of a file has one place in its order, the `(epoch, seq)` it was last sent under. A block must never be
+//! older than the newest mutation of it that was acknowledged, unless a cold start lost it and [E7] tells so.
+
+use std::collections::BTreeMap;
+
+use mortar_proto::coordinator::OpId;
+use mortar_proto::types::{ConfigNo, Epoch, Ino, Seq};
+
+use super::disk::{BLOCKS, Content, Disk, Geometry};
+
+/// The place of a mutation in its file's order.
+pub type Key = (Epoch, Seq);
+
+/// What a mutation does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    /// Writes blocks.
+    Write {
+        /// The first.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// Sets the size.
+    Truncate {
+        /// To this.
+        size: u64,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Written {
+    client: u64,
+    ino: Ino,
+    kind: Kind,
+    key: Option<Key>,
+    acknowledged: bool,
+    flushed: bool,
+    /// Blocks that a cold start lost, and under which configuration.
+    lost: [bool; BLOCKS],
+    lost_under: ConfigNo,
+}
+
+/// The least that a block must hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Need {
+    write: Key,
+    any: Key,
+}
+
+/// What a file must hold, block by block.
+pub type Needs = [Need; BLOCKS];
+
+/// All mutations of a run.
+#[derive(Clone, Debug)]
+pub struct History {
+    geometry: Geometry,
+    ops: BTreeMap<OpId, Written>,
+    needs: BTreeMap<Ino, Needs>,
+    flushed_needs: BTreeMap<Ino, Needs>,
+}
+
+impl History {
+    /// An empty history.
+    #[must_use]
+    pub fn new(geometry: Geometry) -> Self {
+        Self { geometry, ops: BTreeMap::new(), needs: BTreeMap::new(), flushed_needs: BTreeMap::new() }
+    }
+    fn covers(&self, kind: Kind, block: usize) -> bool {
+        match kind {
+            Kind::Write { first, count } => (first..first + count).contains(&block),
+            Kind::Truncate { size } => self.geometry.offset(block) >= size,
+        }
+    }
+    /// A mutation was asked for.
+    pub fn submitted(&mut self, op: OpId, client: u64, ino: Ino, kind: Kind) {
+        let written = Written {
+            client,
+            ino,
+            kind,
+            key: None,
+            acknowledged: false,
+            flushed: false,
+            lost: [false; BLOCKS],
+            lost_under: ConfigNo(0),
+        };
+        self.ops.insert(op, written);
+    }
+    /// What a mutation does.
+    #[must_use]
+    pub fn kind(&self, op: OpId) -> Option<Kind> {
+        self.ops.get(&op).map(|o| o.kind)
+    }
+    /// It was sent to a brick.
+    pub fn sent(&mut self, op: OpId, key: Key, n: ConfigNo) {
+        if let Some(o) = self.ops.get_mut(&op) {
+            o.key = o.key.max(Some(key));
+            if n >= o.lost_under {
+                o.lost = [false; BLOCKS];
+            }
+        }
+    }
+    /// The application was told that it is done.
+    pub fn acknowledged(&mut self, op: OpId) {
+        if let Some(o) = self.ops.get_mut(&op) {
+            o.acknowledged = true;
+        }
+        self.recompute();
+    }
+    /// The mutations that an fsync which begins now covers.
+    #[must_use]
+    pub fn to_flush(&self, client: u64, ino: Ino) -> Vec<OpId> {
+        self.ops
+            .iter()
+            .filter(|(_, o)| o.client == client && o.ino == ino && o.acknowledged)
+            .map(|(op, _)| *op)
+            .collect()
+    }
+    /// An fsync that covers these was acknowledged.
+    pub fn flushed(&mut self, ops: &[OpId]) {
+        for op in ops {
+            if let Some(o) = self.ops.get_mut(op) {
+                o.flushed = true;
+            }
+        }
+        self.recompute();
+    }
+    /// A cold start took as source a brick that has lost power, with this disk: what was not flushed may be gone.
+    pub fn cold_start(&mut self, n: ConfigNo, source: &Disk) {
+        let mut lost = Vec::new();
+        for (op, o) in &self.ops {
+            let Some(key) = o.key else { continue };
+            for block in (0..BLOCKS).filter(|b| self.covers(o.kind, *b)) {
+                let need = match o.kind {
+                    Kind::Write { .. } => Need { write: key, any: key },
+                    Kind::Truncate { .. } => Need { write: (Epoch(0), Seq(0)), any: key },
+                };
+                if !o.flushed && self.check(o.ino, block, source.block(o.ino, block), need).is_err() {
+                    lost.push((*op, block));
+                }
+            }
+        }
+        for (op, block) in lost {
+            if let Some(o) = self.ops.get_mut(&op) {
+                o.lost[block] = true;
+                o.lost_under = n;
+            }
+        }
+        self.recompute();
+    }
+    fn recompute(&mut self) {
+        self.needs.clear();
+        self.flushed_needs.clear();
+        for o in self.ops.values() {
+            let (true, Some(key)) = (o.acknowledged, o.key) else { continue };
+            for block in 0..BLOCKS {
+                if !self.covers(o.kind, block) || o.lost[block] {
+                    continue;
+                }
+                let raise = |need: &mut Need| {
+                    need.any = need.any.max(key);
+                    if matches!(o.kind, Kind::Write { .. }) {
+                        need.write = need.write.max(key);
+                    }
+                };
+                raise(&mut self.needs.entry(o.ino).or_default()[block]);
+                if o.flushed {
+                    raise(&mut self.flushed_needs.entry(o.ino).or_default()[block]);
+                }
+            }
+        }
+    }
+    /// What a read that begins now must see at least.
+    #[must_use]
+    pub fn needs(&self, ino: Ino) -> Needs {
+        self.needs.get(&ino).copied().unwrap_or_default()
+    }
+    /// What a disk must have made durable.
+    #[must_use]
+    pub fn flushed_needs(&self, ino: Ino) -> Needs {
+        self.flushed_needs.get(&ino).copied().unwrap_or_default()
+    }
+    /// Is this content of a block new enough, and was it ever written?
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with it.
+    pub fn check(&self, ino: Ino, block: usize, value: u64, need: Need) -> Result<(), String> {
+        if value == 0 {
+            let holes = self.ops.values().filter(|o| o.ino == ino && matches!(o.kind, Kind::Truncate { .. }));
+            let newest = holes.filter(|o| self.covers(o.kind, block)).filter_map(|o| o.key).max().unwrap_or_default();
+            if newest < need.write {
+                return Err(format!("block {block} of {ino:?} is a hole, but {:?} wrote it", need.write));
+            }
+            return Ok(());
+        }
+        let written = self.ops.get(&OpId(value)).filter(|o| o.ino == ino && self.covers(o.kind, block));
+        let Some(key) = written.and_then(|o| o.key) else {
+            return Err(format!("block {block} of {ino:?} holds {value}, which nobody wrote there"));
+        };
+        if key < need.any {
+            return Err(format!("block {block} of {ino:?} holds {value} of {key:?}, older than {:?}", need.any));
+        }
+        Ok(())
+    }
+    /// Checks a whole content.
+    ///
+    /// # Errors
+    /// See [`History::check`].
+    pub fn check_all(&self, ino: Ino, content: &Content, needs: &Needs) -> Result<(), String> {
+        (0..BLOCKS).try_for_each(|b| self.check(ino, b, content.blocks[b], needs[b]))
+    }
+}
+
+impl Need {
+    /// The lesser of two.
+    #[must_use]
+    pub fn at_most(self, other: Self) -> Self {
+        Self { write: self.write.min(other.write), any: self.any.min(other.any) }
+    }
+}

@@ -1,0 +1,119 @@
+//! A deterministic simulator: the real coordinators, replicas and metadata log in a world with one clock, a network that
+//! delays, reorders, repeats and cuts, and disks that lose what was not flushed. A run is a seed; a failing run prints it.
+//!
+//! | file | owns |
+//! | --- | --- |
+//! | `world` | the clock, the queue of what happens next, the network |
+//! | `brick`, `client`, `leader` | the shells around the machines |
+//! | `log`, `monitor` | the metadata log and what its leader proposes |
+//! | `disk` | page cache and durable data, journal records |
+//! | `faults` | what goes wrong |
+//! | `history`, `check` | what must be true: I1, I2, I3, I5, I7, I8, I10 |
+//! | `rng` | chance |
+
+pub mod brick;
+pub mod check;
+pub mod client;
+pub mod disk;
+pub mod faults;
+pub mod history;
+pub mod leader;
+pub mod log;
+pub mod monitor;
+pub mod rng;
+pub mod world;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use world::World;
+
+/// How long everything may take to come to rest once faults have stopped, in milliseconds.
+const REST_MS: u64 = 90_000;
+
+/// What a good run has seen.
+#[derive(Clone, Debug, Default)]
+pub struct Summary {
+    /// Operations that were completed.
+    pub completed: u64,
+    /// Kinds of things that happened.
+    pub seen: BTreeMap<&'static str, u64>,
+}
+
+/// A run that broke a rule.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// Its seed.
+    pub seed: u64,
+    /// Which rule, and how.
+    pub what: String,
+    /// Its last events.
+    pub trace: Vec<String>,
+}
+
+impl core::fmt::Display for Failure {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let from = self.trace.len().saturating_sub(events_shown());
+        for line in &self.trace[from..] {
+            writeln!(f, "{line}")?;
+        }
+        writeln!(f, "seed {} failed: {}", self.seed, self.what)?;
+        write!(f, "replay it with MORTAR_SIM_SEED={}", self.seed)
+    }
+}
+
+fn events_shown() -> usize {
+    std::env::var("MORTAR_SIM_EVENTS").ok().and_then(|v| v.parse().ok()).unwrap_or(60)
+}
+
+/// Runs a seed; one that fails is run again to have its events.
+///
+/// # Errors
+/// The rule that it breaks.
+pub fn run(seed: u64) -> Result<Summary, Box<Failure>> {
+    match run_once(seed, false) {
+        Ok(summary) => Ok(summary),
+        Err(first) => match run_once(seed, true) {
+            Ok(_) => Err(Box::new(Failure { what: format!("{} (but not when run again!)", first.what), ..*first })),
+            Err(failure) => Err(failure),
+        },
+    }
+}
+
+fn run_once(seed: u64, traced: bool) -> Result<Summary, Box<Failure>> {
+    let mut world = World::new(seed, traced);
+    let ended = catch_unwind(AssertUnwindSafe(|| play(&mut world)));
+    if let Err(panic) = ended {
+        let text = panic.downcast_ref::<String>().cloned();
+        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
+        world.fail(|| format!("panic: {}", text.unwrap_or_default()));
+    }
+    match world.failure.take() {
+        Some(what) => {
+            Err(Box::new(Failure { seed, what, trace: world.trace.take().map(Vec::from).unwrap_or_default() }))
+        }
+        None => Ok(Summary { completed: world.completed, seen: world.seen }),
+    }
+}
+
+fn play(world: &mut World) {
+    let end = world.faults.until_ms;
+    world.run_until(end);
+    world.calm();
+    let calm = world.now + 3000;
+    world.run_until(calm);
+    world.winding_down = true;
+    let deadline = world.now + REST_MS;
+    while world.failure.is_none() && !world.is_at_rest() {
+        if world.now >= deadline {
+            let states: Vec<String> = world.clients.iter().map(client::Client::describe).collect();
+            let configuration = world.configuration();
+            world.fail(|| format!("I10: no rest under {configuration:?}\n{}", states.join("\n")));
+        }
+        let next = world.now + 500;
+        world.run_until(next);
+    }
+    if world.failure.is_none() {
+        world.check_equal();
+    }
+}

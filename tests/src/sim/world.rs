@@ -1,0 +1,456 @@
+//! The world: a virtual clock, one thing at a time, and a network that delays, reorders, cuts and resets.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use mortar_proto::coordinator::{Answer, Body, Event, OpId, Request, RequestId, Timeouts};
+use mortar_proto::metadata::monitor::Timing;
+use mortar_proto::types::{BLOCK_BYTES, BootId, EXTENT_BYTES, Ino, REGION_BYTES, SessionId};
+use mortar_proto::{Configuration, Incarnation, Slot};
+
+use super::brick::{Brick, Peer, Step};
+use super::client::Client;
+use super::disk::{BLOCKS, Content, Geometry};
+use super::faults::Faults;
+use super::history::History;
+use super::leader::{FromLeader, Leader, ToLeader};
+use super::rng::Rng;
+
+/// Clients that run applications; the janitor comes after them.
+pub const CLIENTS: usize = 2;
+/// The janitor's place among the clients.
+pub const JANITOR: usize = CLIENTS;
+
+/// Times of a run, in milliseconds.
+pub const TIMEOUTS: Timeouts = Timeouts { io_timeout_ms: 1500, hedge_ms: 200, no_quorum_ms: None };
+/// Times of the leader.
+pub const TIMING: Timing = Timing {
+    read_lease_ms: 1000,
+    clock_margin_ms: 100,
+    cold_start_wait_ms: 3000,
+    back_off_ms: 300,
+    back_off_max_ms: 1500,
+};
+
+/// Who sends or receives.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Node {
+    /// A mount, or the janitor.
+    Client(usize),
+    /// A brick.
+    Brick(usize),
+    /// Whoever leads the log.
+    Leader,
+}
+
+/// A connection of a client to a brick.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Connection {
+    /// The client's place.
+    pub client: usize,
+    /// The brick's place.
+    pub slot: usize,
+    /// Its own number.
+    pub number: u64,
+}
+
+/// A request on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Wire {
+    /// On this connection.
+    pub connection: Connection,
+    /// By this session.
+    pub session: SessionId,
+    /// About this file.
+    pub ino: Ino,
+    /// What.
+    pub request: Request,
+}
+
+/// What can happen next.
+#[derive(Clone, Debug)]
+pub enum Happening {
+    /// A request reaches a brick.
+    Request(Wire),
+    /// An answer reaches a client.
+    Answer {
+        /// On this connection.
+        connection: Connection,
+        /// About this file.
+        ino: Ino,
+        /// To this request.
+        id: RequestId,
+        /// What.
+        answer: Answer,
+        /// The bytes.
+        content: Option<Content>,
+    },
+    /// Something that a brick's process was doing has come further.
+    Step(usize, u64, Step),
+    /// A brick's message reaches another one.
+    Peer {
+        /// The sender.
+        from: usize,
+        /// The receiver.
+        to: usize,
+        /// The sender's start.
+        generation: u64,
+        /// What.
+        message: Peer,
+    },
+    /// A brick looks after itself.
+    BrickTick(usize, u64),
+    /// A brick applies what it has of the log.
+    Apply(usize, u64),
+    /// A brick's process starts.
+    Start(usize),
+    /// A client looks after itself.
+    ClientTick(usize, u64),
+    /// An application asks for something.
+    Application(usize, u64),
+    /// A client's process starts.
+    ClientStart(usize),
+    /// A client notices that a connection is gone.
+    LinkBroken(Connection),
+    /// A client tries to connect.
+    Connect(usize, u64, usize),
+    /// A repair may go on.
+    Permit(usize, u64, Ino),
+    /// A message reaches the leader.
+    ToLeader(ToLeader),
+    /// A message of the leader reaches its receiver.
+    FromLeader(FromLeader),
+    /// The leader looks at its clock.
+    LeaderTick,
+    /// Something goes wrong.
+    Fault,
+    /// A cut has lasted long enough for the connections to break.
+    CutNoticed(Node, Node),
+}
+
+/// Everything.
+pub struct World {
+    /// The clock.
+    pub now: u64,
+    /// Chance.
+    pub rng: Rng,
+    queue: BTreeMap<(u64, u64), Happening>,
+    order: u64,
+    /// The bricks.
+    pub bricks: Vec<Brick>,
+    /// The clients; the last one is the janitor.
+    pub clients: Vec<Client>,
+    /// The log and who leads it.
+    pub leader: Leader,
+    /// What must be true.
+    pub history: History,
+    /// Where the blocks lie.
+    pub geometry: Geometry,
+    /// The files.
+    pub files: Vec<Ino>,
+    /// What goes wrong.
+    pub faults: Faults,
+    cuts: Vec<(Node, Node, u64)>,
+    /// The longest usual delay of a message.
+    pub delay_ms: u64,
+    /// The longest usual time of a disk.
+    pub disk_ms: u64,
+    /// Numbers for connections, operations, starts.
+    pub counter: u64,
+    /// What went wrong with the machines.
+    pub failure: Option<String>,
+    /// The last events, if they are wanted.
+    pub trace: Option<VecDeque<String>>,
+    /// Applications ask for nothing more.
+    pub winding_down: bool,
+    /// How many operations were submitted and completed.
+    pub submitted: u64,
+    /// See `submitted`.
+    pub completed: u64,
+    /// Highest epoch in which an `InSync` brick accepted a mutation, by file.
+    pub accepted: BTreeMap<Ino, u64>,
+    /// Kinds of things that happened, to see that a run is worth something.
+    pub seen: BTreeMap<&'static str, u64>,
+}
+
+impl World {
+    /// The world of a seed.
+    #[must_use]
+    pub fn new(seed: u64, traced: bool) -> Self {
+        let mut rng = Rng::new(seed);
+        let boundary = if rng.chance(300) { EXTENT_BYTES } else { REGION_BYTES };
+        let geometry = Geometry { base: boundary - (BLOCKS as u64 / 2) * BLOCK_BYTES };
+        let files: Vec<Ino> = (0..rng.between(1, 2)).map(|i| Ino(1000 + i)).collect();
+        let boots = [BootId(1), BootId(2), BootId(3)];
+        let incarnations = [Incarnation(1), Incarnation(2), Incarnation(3)];
+        let faults = Faults::draw(&mut rng);
+        let delay_ms = rng.between(2, 30);
+        let disk_ms = rng.between(1, 20);
+        let mut world = Self {
+            now: 10_000,
+            queue: BTreeMap::new(),
+            order: 0,
+            bricks: (0..3).map(|i| Brick::new(i, geometry, incarnations[i], boots[i])).collect(),
+            clients: (0..=CLIENTS).map(Client::new).collect(),
+            leader: Leader::new(&files, incarnations, boots, 10_000),
+            history: History::new(geometry),
+            geometry,
+            files,
+            faults,
+            cuts: Vec::new(),
+            delay_ms,
+            disk_ms,
+            counter: 1000,
+            failure: None,
+            trace: traced.then(VecDeque::new),
+            winding_down: false,
+            submitted: 0,
+            completed: 0,
+            accepted: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            rng,
+        };
+        for slot in 0..3 {
+            world.after(0, Happening::Start(slot));
+        }
+        for client in 0..=CLIENTS {
+            world.after(1, Happening::ClientStart(client));
+        }
+        world.after(5, Happening::LeaderTick);
+        world.after(500, Happening::Fault);
+        world
+    }
+
+    /// A number that nothing else has.
+    pub fn number(&mut self) -> u64 {
+        self.counter += 1;
+        self.counter
+    }
+    /// Counts something.
+    pub fn count(&mut self, what: &'static str) {
+        *self.seen.entry(what).or_default() += 1;
+    }
+    /// Writes something into the trace.
+    pub fn note(&mut self, line: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            if trace.len() >= 4000 {
+                trace.pop_front();
+            }
+            trace.push_back(format!("{:>6} {}", self.now, line()));
+        }
+    }
+    /// A rule is broken.
+    pub fn fail(&mut self, what: impl FnOnce() -> String) {
+        if self.failure.is_none() {
+            let what = what();
+            self.note(|| format!("FAILED {what}"));
+            self.failure = Some(what);
+        }
+    }
+    /// Something happens in `delay_ms`.
+    pub fn after(&mut self, delay_ms: u64, happening: Happening) {
+        self.order += 1;
+        self.queue.insert((self.now + delay_ms, self.order), happening);
+    }
+    /// Until when messages from one to another are held up.
+    #[must_use]
+    pub fn cut_until(&self, from: Node, to: Node) -> Option<u64> {
+        self.cuts.iter().filter(|(a, b, until)| *a == from && *b == to && *until > self.now).map(|c| c.2).max()
+    }
+    /// Messages from one to another are held up.
+    pub fn cut(&mut self, from: Node, to: Node, for_ms: u64) {
+        let now = self.now;
+        self.cuts.retain(|c| c.2 > now);
+        self.cuts.push((from, to, now + for_ms));
+        let noticed = self.rng.between(300, 3000);
+        self.after(noticed, Happening::CutNoticed(from, to));
+    }
+    /// All cuts end.
+    pub fn mend(&mut self) {
+        self.cuts.clear();
+    }
+    /// A message sets out. A stream's messages wait behind a cut; others may get lost in it.
+    pub fn send(&mut self, from: Node, to: Node, stream: bool, happening: Happening) {
+        let mut delay = self.rng.delay(self.delay_ms, self.delay_ms * 20);
+        if let Some(until) = self.cut_until(from, to) {
+            if !stream && self.rng.chance(600) {
+                return;
+            }
+            delay += until - self.now;
+        }
+        self.after(delay, happening);
+    }
+
+    /// Runs until the end of the phase, or until a rule is broken.
+    pub fn run_until(&mut self, end: u64) {
+        while self.failure.is_none() {
+            let Some(((at, _), happening)) = self.queue.pop_first() else { break };
+            if at > end {
+                self.order += 1;
+                let order = self.order;
+                self.queue.insert((at, order), happening);
+                break;
+            }
+            self.now = self.now.max(at);
+            self.happen(happening);
+            self.check_step();
+        }
+        self.now = self.now.max(end);
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Request(wire) => {
+                if self.deferred(wire.connection.slot, || Happening::Request(wire)) {
+                    return;
+                }
+                let c = wire.connection;
+                if self.bricks[c.slot].is_up() && self.bricks[c.slot].accepted[c.client] == c.number {
+                    self.note(|| {
+                        format!(
+                            "b{} <- c{} {:?} {:?} n={} e={} s={} stable={} {}",
+                            c.slot,
+                            c.client,
+                            wire.ino,
+                            wire.request.body,
+                            wire.request.n,
+                            wire.request.epoch,
+                            wire.request.seq,
+                            wire.request.stable,
+                            if wire.request.settled { "settled" } else { "" }
+                        )
+                    });
+                    self.request(wire);
+                }
+            }
+            Happening::Answer { connection, ino, id, answer, content } => {
+                self.answer_arrives(connection, ino, id, answer, content);
+            }
+            Happening::Step(slot, generation, step) => {
+                if self.deferred(slot, || Happening::Step(slot, generation, step.clone())) {
+                    return;
+                }
+                if self.bricks[slot].runs(generation) {
+                    self.step(slot, step);
+                }
+            }
+            Happening::Peer { from, to, generation, message } => {
+                if self.deferred(to, || Happening::Peer { from, to, generation, message: message.clone() }) {
+                    return;
+                }
+                if self.bricks[to].is_up() {
+                    self.peer(from, to, message);
+                }
+            }
+            Happening::BrickTick(slot, generation) => {
+                if self.deferred(slot, || Happening::BrickTick(slot, generation)) {
+                    return;
+                }
+                if self.bricks[slot].runs(generation) {
+                    self.brick_tick(slot);
+                    self.after(50, Happening::BrickTick(slot, generation));
+                }
+            }
+            Happening::Apply(slot, generation) => {
+                if self.deferred(slot, || Happening::Apply(slot, generation)) {
+                    return;
+                }
+                if self.bricks[slot].runs(generation) {
+                    self.apply_log(slot);
+                }
+            }
+            Happening::Start(slot) => self.start_brick(slot),
+            Happening::ClientTick(client, generation) => {
+                if self.clients[client].runs(generation) {
+                    self.client_tick(client);
+                    self.after(25, Happening::ClientTick(client, generation));
+                }
+            }
+            Happening::Application(client, generation) => {
+                if self.clients[client].runs(generation) {
+                    self.application(client);
+                }
+            }
+            Happening::ClientStart(client) => self.start_client(client),
+            Happening::LinkBroken(connection) => self.link_broken(connection),
+            Happening::Connect(client, generation, slot) => {
+                if self.clients[client].runs(generation) {
+                    self.connect(client, slot);
+                }
+            }
+            Happening::Permit(client, generation, ino) => {
+                if self.clients[client].runs(generation) {
+                    self.tell(client, ino, Event::Permit, None);
+                }
+            }
+            Happening::ToLeader(message) => {
+                let until = self.leader.paused_until;
+                if until > self.now {
+                    let wait = until - self.now + self.rng.below(20);
+                    self.after(wait, Happening::ToLeader(message));
+                } else {
+                    self.leader_gets(message);
+                }
+            }
+            Happening::FromLeader(message) => self.from_leader(message),
+            Happening::LeaderTick => {
+                if self.leader.paused_until <= self.now {
+                    self.leader_tick();
+                }
+                self.after(50, Happening::LeaderTick);
+            }
+            Happening::Fault => self.fault(),
+            Happening::CutNoticed(a, b) => {
+                if self.cut_until(a, b).is_some()
+                    && let (Node::Client(c), Node::Brick(s)) | (Node::Brick(s), Node::Client(c)) = (a, b)
+                {
+                    self.break_link(c, s);
+                }
+            }
+        }
+    }
+
+    /// A paused process takes nothing in; what reaches it waits.
+    fn deferred(&mut self, slot: usize, happening: impl FnOnce() -> Happening) -> bool {
+        let until = self.bricks[slot].paused_until;
+        if until <= self.now {
+            return false;
+        }
+        let wait = until - self.now + self.rng.below(10);
+        self.after(wait, happening());
+        true
+    }
+
+    /// The connection of a client to a brick breaks, if there is one.
+    pub fn break_link(&mut self, client: usize, slot: usize) {
+        let number = self.clients[client].links[slot];
+        if number != 0 {
+            self.link_broken(Connection { client, slot, number });
+        }
+    }
+
+    /// The coordinators' view of the log: the last configuration.
+    #[must_use]
+    pub fn configuration(&self) -> Configuration {
+        self.leader.log.configuration
+    }
+    /// The sessions that the bricks of the run may be told about.
+    #[must_use]
+    pub fn sessions(&self) -> &BTreeSet<SessionId> {
+        &self.leader.log.sessions
+    }
+}
+
+/// A request's operation, if it is a mutation.
+#[must_use]
+pub fn mutation_of(request: &Request) -> Option<OpId> {
+    match request.body {
+        Body::Mutate(op, _) => Some(op),
+        _ => None,
+    }
+}
+
+/// A slot by its place.
+#[must_use]
+pub fn slot(index: usize) -> Slot {
+    Slot::ALL[index]
+}
