@@ -1,4 +1,6 @@
-//! What Mortar is tested with: a deterministic simulator of its machines, and whole clusters of real processes.
+//! What Mortar is tested with: a deterministic simulator of its machines, what programs expect of a mount, and whole
+//! clusters of real processes.
 
 pub mod harness;
+pub mod scenarios;
 pub mod sim;
