@@ -137,6 +137,8 @@ pub struct Brick {
     /// Writes fail for want of space.
     pub full: bool,
     clock_offset: u64,
+    /// How fast its clock runs, in thousandths.
+    pub clock_permille: u64,
     ticks: u64,
 }
 
@@ -165,6 +167,7 @@ impl Brick {
             flush_fails: false,
             full: false,
             clock_offset: index as u64 * 7_000,
+            clock_permille: 1000,
             ticks: 0,
         }
     }
@@ -184,7 +187,7 @@ impl World {
     /// The brick's own clock.
     #[must_use]
     pub fn brick_now(&self, s: usize) -> u64 {
-        self.now + self.bricks[s].clock_offset
+        self.now * self.bricks[s].clock_permille / 1000 + self.bricks[s].clock_offset
     }
     fn disk_delay(&mut self) -> u64 {
         self.rng.delay(self.disk_ms, self.disk_ms * 15)
@@ -286,8 +289,11 @@ impl World {
                 self.after(delay, Happening::Apply(s, generation));
                 break;
             }
-            let index = self.bricks[s].applied;
-            let effects = self.leader.log.entries[index].clone();
+            let behind = self.leader.log.entries.len() - self.bricks[s].applied;
+            // One that lags gets the state that several entries add up to.
+            let many = if behind > 3 && self.rng.chance(300) { 1 + self.rng.index(behind) } else { 1 };
+            let index = self.bricks[s].applied + many - 1;
+            let effects = self.effects_of(s, index, many);
             for effect in effects {
                 match effect {
                     Effect::Configured { configuration, cold_start, .. } => {
@@ -313,6 +319,36 @@ impl World {
         if applied {
             self.ask_again(s);
         }
+    }
+
+    /// What the `many` entries up to `index` change for a brick.
+    fn effects_of(&self, s: usize, index: usize, many: usize) -> Vec<Effect> {
+        let all = self.leader.log.entries[index + 1 - many..=index].iter().flatten();
+        if many == 1 {
+            return all.cloned().collect();
+        }
+        let (mut configured, mut source, mut leases) = (None, None, BTreeMap::new());
+        for effect in all {
+            match effect {
+                Effect::Configured { configuration, cold_start, .. } => {
+                    let me = configuration.members[s];
+                    if me.state != BrickState::InSync || me.incarnation != self.bricks[s].incarnation {
+                        source = None;
+                    } else if *cold_start == Some(slot(s)) {
+                        source = *cold_start;
+                    }
+                    configured = Some(effect.clone());
+                }
+                Effect::Leased { ino, .. } => {
+                    leases.insert(*ino, effect.clone());
+                }
+                _ => {}
+            }
+        }
+        if let Some(Effect::Configured { cold_start, .. }) = &mut configured {
+            *cold_start = source;
+        }
+        configured.into_iter().chain(leases.into_values()).collect()
     }
 
     pub(super) fn beat_answered(&mut self, s: usize, sent_ms: u64, commit: LogIndex, agree: bool) {
@@ -494,6 +530,9 @@ impl World {
             Body::ClearMissed { x, region } => {
                 let ino = job.wire.ino;
                 self.replica(s).clear_missed(x, ino, region);
+                if self.rng.chance(50) {
+                    self.tempt(None, &[s, x.index()]);
+                }
                 self.bricks[s].disk.forget_missed(x, ino, region..region + 1);
                 self.done(s, job);
             }
@@ -584,6 +623,9 @@ impl World {
                 }
                 let done = self.replica(s).repaired(n);
                 self.note(|| format!("b{s} repaired under n={n}: {done}"));
+                if self.rng.chance(200) {
+                    self.tempt(None, &[0, 1, 2]);
+                }
                 self.bricks[s].task = None;
             }
             Step::TaskLate(number) => {
@@ -650,6 +692,9 @@ impl World {
             _ => {}
         }
         self.note(|| format!("b{s} wrote {} of {ino:?}, sized={}", op.0, job.sized));
+        if self.rng.chance(50) {
+            self.tempt(Some(job.wire.connection.client), &[0, 1, 2]);
+        }
         self.also_missed(s, &mut job);
         self.record_missed(s, job);
     }
@@ -664,6 +709,12 @@ impl World {
     fn write_pulled(&mut self, s: usize, mut job: Job, content: Content) {
         let ino = job.wire.ino;
         if let Body::Pull { range, size, from, doubt } = job.wire.request.body {
+            self.count(if doubt.is_some() { "recovered" } else { "repaired" });
+            if doubt.is_some() {
+                self.tempt(Some(job.wire.connection.client), &[s, from.index()]);
+            } else if self.rng.chance(50) {
+                self.tempt(None, &[s, from.index()]);
+            }
             if size {
                 self.bricks[s].disk.set_size(ino, content.size);
             }
