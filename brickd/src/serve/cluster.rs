@@ -163,7 +163,8 @@ impl Cluster for Server {
         };
         let server = ServerId(reply.server);
         let known = self.log.with_state(|state| state.servers.contains_key(&server));
-        if known {
+        // One that was taken in but never heard is taken in once more: the first time may have been cut short.
+        if known && self.lead(|leader| leader.servers.contains_key(&server))? {
             let me = if server == self.log.identity().server { " (it is the one that was asked)" } else { "" };
             return Err(Status::invalid_argument(format!("server {address} is in this cluster already{me}")));
         }
@@ -172,7 +173,7 @@ impl Cluster for Server {
         self.log.add_learner(server, &address).await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
         tracing::info!(server = format!("{:x}", server.0), address, "taken into the cluster");
         let until = Instant::now() + ARRIVAL;
-        while Instant::now() < until && !self.lead(|leader| leader.servers.contains_key(&server))? {
+        while Instant::now() < until && !self.lead(|leader| leader.servers.contains_key(&server)).unwrap_or(false) {
             tokio::time::sleep(RETRY).await;
         }
         Ok(Response::new(ServerAddReply { server: server.0, address }))
