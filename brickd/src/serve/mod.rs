@@ -97,7 +97,11 @@ impl Server {
             .tcp_nodelay(true)
             .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
             .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
-            .add_service(PeerServer::from_arc(Arc::clone(self)).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES))
+            .add_service(
+                PeerServer::from_arc(Arc::clone(self))
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                    .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            )
             .add_service(SessionServer::from_arc(Arc::clone(self)).max_encoding_message_size(MAX_MESSAGE_BYTES))
             .add_service(ClusterServer::from_arc(Arc::clone(self)).max_encoding_message_size(MAX_MESSAGE_BYTES))
             .serve_with_incoming(incoming)

@@ -75,7 +75,11 @@ impl Peer for Server {
         let refusal = self.log.with_state(|state| {
             let names: Vec<&str> = state.volumes.values().map(|v| v.name.as_str()).collect();
             if !names.is_empty() {
-                Some(format!("{} has volumes of its own already ({}); only a fresh server can be added", self.address, names.join(", ")))
+                Some(format!(
+                    "{} has volumes of its own already ({}); only a fresh server can be added",
+                    self.address,
+                    names.join(", ")
+                ))
             } else if state.servers.len() > 1 || me.absorbed {
                 Some(format!(
                     "{} belongs to another cluster ({:032x}, {} servers) already; remove it there first",
@@ -93,7 +97,11 @@ impl Peer for Server {
         // Its own log is about to be wiped: what the other cluster's leader sent it now would be acknowledged and lost.
         self.leaving.store(true, Ordering::Release);
         me.join(&self.state_dir, cluster).map_err(|e| Status::internal(format!("{e:#}")))?;
-        tracing::info!(cluster = format!("{:032x}", cluster.0), leader = request.leader, "joining another cluster; starting anew");
+        tracing::info!(
+            cluster = format!("{:032x}", cluster.0),
+            leader = request.leader,
+            "joining another cluster; starting anew"
+        );
         self.restart.notify_one();
         Ok(reply())
     }
