@@ -177,7 +177,13 @@ impl Cluster for Server {
         self.log.add_learner(server, &address).await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
         tracing::info!(server = format!("{:x}", server.0), address, "taken into the cluster");
         let until = Instant::now() + ARRIVAL;
-        while Instant::now() < until && !self.lead(|leader| leader.servers.contains_key(&server)).unwrap_or(false) {
+        // It is heard, and it votes: the next failure may be this server's.
+        let arrived = || {
+            let voters = self.log.voters();
+            let votes = voters.contains(&server) || voters.len() >= 5;
+            votes && self.lead(|leader| leader.servers.contains_key(&server)).unwrap_or(false)
+        };
+        while Instant::now() < until && !arrived() {
             tokio::time::sleep(RETRY).await;
         }
         Ok(Response::new(ServerAddReply { server: server.0, address }))
