@@ -1,7 +1,7 @@
 //! What the administrator says.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mortar_proto::config::{BrickState, Slot};
 use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
@@ -160,7 +160,11 @@ impl Cluster for Server {
         }
         // The address that was typed reaches it from here; what it says of itself may be 0.0.0.0.
         self.log.propose(Command::ServerAdd { server, address: address.clone() }, None).await?;
-        self.log.add_learner(server, &address).await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
+        // The log takes it into the quorum by itself; a crash here only delays that.
+        let until = Instant::now() + PEER_TIMEOUT;
+        while !self.log.members().contains(&server) && Instant::now() < until {
+            self.log.changed(Duration::from_millis(100)).await;
+        }
         tracing::info!(server = format!("{:x}", server.0), address, "taken into the cluster");
         Ok(Response::new(ServerAddReply { server: server.0, address }))
     }
@@ -173,10 +177,7 @@ impl Cluster for Server {
         if count == 1 {
             return Err(Status::failed_precondition("it is the only server of the cluster"));
         }
-        let has_bricks = self.log.with_state(|s| s.bricks.values().any(|b| b.server == server));
-        if !has_bricks {
-            self.log.remove_member(server).await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
-        }
+        // Refused by the log itself while the server has bricks. The log then lets it out of the quorum by itself.
         refused(self.log.propose(Command::ServerRemove { server }, None).await?)
     }
 
@@ -210,7 +211,7 @@ impl Cluster for Server {
         if request.replica != 3 {
             return Err(Status::invalid_argument(format!("replica {} is not served; a volume has replica 3", request.replica)));
         }
-        if request.bricks.is_empty() || request.bricks.len() % 3 != 0 {
+        if request.bricks.is_empty() || !request.bricks.len().is_multiple_of(3) {
             return Err(Status::invalid_argument(format!(
                 "{} bricks make no replica sets of 3; name three, or a multiple of three",
                 request.bricks.len()
