@@ -149,9 +149,14 @@ fn cluster(dir: &TempDir, count: usize) -> Vec<Node> {
     let mut nodes: Vec<Node> = (0..count).map(|i| Node::start(&dir.path().join(i.to_string()))).collect();
     leader(&[&nodes[0]]);
     for i in 1..count {
-        let address = nodes[i].address.clone();
-        add(&[&nodes[0]], &address).unwrap();
-        nodes[i].restart_when_asked();
+        let (first, joining) = nodes.split_at_mut(i);
+        let address = joining[0].address.clone();
+        // It is answered when the new server has been heard, which starts anew to join.
+        std::thread::scope(|scope| {
+            let added = scope.spawn(|| add(&[&first[0]], &address));
+            joining[0].restart_when_asked();
+            added.join().unwrap().unwrap();
+        });
     }
     until("all vote", || (nodes[0].log().voters().len() == count).then_some(()));
     nodes

@@ -17,7 +17,8 @@ pub const VOLUME: &str = "vmstore";
 /// that counts as a failure.
 #[must_use]
 pub fn missing() -> Option<String> {
-    let on_path = |name: &str| Command::new(name).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    let on_path =
+        |name: &str| Command::new(name).arg("-V").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
     let lacks = if !rustix::process::geteuid().is_root() {
         "root"
     } else if !Path::new("/dev/fuse").exists() {
@@ -110,7 +111,8 @@ impl World {
         let mut world = world;
         world.playground(&["up", "--xfs", "--brick-size", "4G"])?;
         world.servers = world.status()?["mortar_servers"].as_str().map(str::to_owned).unwrap_or_else(|| {
-            let addresses = world.status().ok().and_then(|s| s["mortar_servers"].as_array().cloned()).unwrap_or_default();
+            let addresses =
+                world.status().ok().and_then(|s| s["mortar_servers"].as_array().cloned()).unwrap_or_default();
             addresses.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(",")
         });
         Ok(world)
@@ -243,7 +245,8 @@ impl World {
         let leader = servers.iter().find(|s| s["role"] == "leader").context("no leader")?;
         let status = self.status()?;
         let of = status["servers"].as_array().context("no servers")?;
-        let found = of.iter().find(|s| s["address"] == leader["address"]).context("the leader is not of the playground")?;
+        let found =
+            of.iter().find(|s| s["address"] == leader["address"]).context("the leader is not of the playground")?;
         Ok(found["number"].as_u64().context("no number")? as usize)
     }
 }

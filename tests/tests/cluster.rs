@@ -20,7 +20,9 @@ fn an_administrator_sets_a_volume_up_and_takes_it_down() -> Result<()> {
     let got = world.mortar(&format!("volume get {VOLUME} io-timeout"))?;
     ensure!(got.to_string().contains("3s"), "{got}");
     world.mortar(&format!("volume reset {VOLUME} io-timeout"))?;
-    let refused = Command::new(program("mortar")).args(["--server", world.servers(), "volume", "delete", VOLUME, "--yes"]).output()?;
+    let refused = Command::new(program("mortar"))
+        .args(["--server", world.servers(), "volume", "delete", VOLUME, "--yes"])
+        .output()?;
     ensure!(refused.status.code() == Some(1), "a started volume must not be deleted");
     world.mortar(&format!("volume stop {VOLUME} --yes"))?;
     world.mortar(&format!("volume start {VOLUME}"))?;

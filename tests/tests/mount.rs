@@ -18,8 +18,22 @@ impl Load {
     fn start(dir: &Path, seconds: u32) -> Result<Self> {
         let out = dir.with_extension("fio.json");
         let child = Command::new("fio")
-            .args(["--name=load", "--size=96m", "--rw=randwrite", "--bs=4k", "--iodepth=8", "--ioengine=libaio", "--direct=1"])
-            .args(["--verify=crc32c", "--verify_backlog=256", "--verify_fatal=1", "--time_based", "--output-format=json"])
+            .args([
+                "--name=load",
+                "--size=96m",
+                "--rw=randwrite",
+                "--bs=4k",
+                "--iodepth=8",
+                "--ioengine=libaio",
+                "--direct=1",
+            ])
+            .args([
+                "--verify=crc32c",
+                "--verify_backlog=256",
+                "--verify_fatal=1",
+                "--time_based",
+                "--output-format=json",
+            ])
             .arg(format!("--runtime={seconds}"))
             .arg(format!("--filename={}", dir.join("load.img").display()))
             .arg(format!("--output={}", out.display()))
@@ -39,7 +53,11 @@ impl Load {
         let report: Value = serde_json::from_str(&text[from..]).with_context(|| format!("fio said {text}"))?;
         let job = &report["jobs"][0];
         ensure!(status.success() && job["error"] == 0, "fio ended with {status}, error {}", job["error"]);
-        ensure!(job["write"]["total_ios"].as_u64().is_some_and(|n| n > 100), "fio wrote next to nothing: {}", job["write"]);
+        ensure!(
+            job["write"]["total_ios"].as_u64().is_some_and(|n| n > 100),
+            "fio wrote next to nothing: {}",
+            job["write"]
+        );
         let longest = |side: &str| job[side]["clat_ns"]["max"].as_f64().unwrap_or(0.0) / 1e9;
         Ok(longest("write").max(longest("read")))
     }
@@ -97,7 +115,10 @@ fn all_daemons_are_killed_at_once_and_nothing_acknowledged_is_lost() -> Result<(
         return Ok(());
     }
     let (world, mount) = World::mounted("all")?;
-    sh(&format!("head -c 40000000 /dev/urandom > {m}/kept; mkdir {m}/d; cp {m}/kept {m}/d/copy; sync {m}/kept", m = mount.display()))?;
+    sh(&format!(
+        "head -c 40000000 /dev/urandom > {m}/kept; mkdir {m}/d; cp {m}/kept {m}/d/copy; sync {m}/kept",
+        m = mount.display()
+    ))?;
     let before = sh(&format!("cd {}; sha256sum kept d/copy", mount.display()))?;
     let load = Load::start(&mount, 14)?;
     pause();
@@ -134,8 +155,9 @@ fn a_client_that_dies_leaves_equal_bricks_and_readable_data_to_the_next() -> Res
     sh(&format!("echo more > {}/more", second.display()))?;
     world.healed(Duration::from_secs(60))?;
     mortar_tests::harness::eventually("the dead client's lease was settled", Duration::from_secs(40), || {
-        let on_bricks: Vec<String> =
-            (1..=3).map(|b| sh(&format!("sha256sum < {}/load.img", world.brick(b).display()))).collect::<Result<_>>()?;
+        let on_bricks: Vec<String> = (1..=3)
+            .map(|b| sh(&format!("sha256sum < {}/load.img", world.brick(b).display())))
+            .collect::<Result<_>>()?;
         Ok(on_bricks.iter().all(|s| *s == on_bricks[0]))
     })?;
     let again = sh(&format!("sha256sum < {}/load.img", second.display()))?;
@@ -190,7 +212,9 @@ fn two_mounts_see_each_others_changes_at_once() -> Result<()> {
     let other = world.mount("m2")?;
     let (a, b) = (one.display(), other.display());
     for round in 0..20 {
-        sh(&format!("echo {round} > {a}/f{round}; [ \"$(cat {b}/f{round})\" = {round} ]; rm {b}/f{round}; [ ! -e {a}/f{round} ]"))?;
+        sh(&format!(
+            "echo {round} > {a}/f{round}; [ \"$(cat {b}/f{round})\" = {round} ]; rm {b}/f{round}; [ ! -e {a}/f{round} ]"
+        ))?;
         // The lease goes to and fro.
         sh(&format!("echo a{round} >> {a}/log; echo b{round} >> {b}/log; [ \"$(tail -1 {a}/log)\" = b{round} ]"))?;
     }

@@ -249,12 +249,6 @@ impl Log {
         self.raft.metrics().borrow().membership_config.membership().voter_ids().map(ServerId).collect()
     }
 
-    /// Servers in the quorum, voting or learning.
-    #[must_use]
-    pub fn members(&self) -> BTreeSet<ServerId> {
-        self.raft.metrics().borrow().membership_config.membership().nodes().map(|(id, _)| ServerId(*id)).collect()
-    }
-
     /// For the peer service: openraft's own messages. Refused when they are meant for another server.
     pub(crate) async fn append(&self, body: &[u8]) -> anyhow::Result<Vec<u8>> {
         let rpc: AppendEntriesRequest<Types> = network::open(&self.identity, body)?;

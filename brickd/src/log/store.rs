@@ -30,8 +30,8 @@ const PURGED: &[u8] = b"purged";
 const SNAPSHOT_META: &[u8] = b"snapshot-meta";
 const SNAPSHOT: &[u8] = b"snapshot";
 
-/// A snapshot as it is kept: what it is of, and its bytes.
-pub(super) type Kept = (SnapshotMeta<u64, BasicNode>, Vec<u8>);
+/// A snapshot as it is kept.
+type Stored = (SnapshotMeta<u64, BasicNode>, Vec<u8>);
 
 /// The database, and how far the log in it is durable.
 #[derive(Clone)]
@@ -168,7 +168,7 @@ impl Db {
         Ok(self.0.db.write_opt(batch, &options)?)
     }
 
-    pub(super) fn load_snapshot(&self) -> anyhow::Result<Option<Kept>> {
+    pub(super) fn load_snapshot(&self) -> anyhow::Result<Option<Stored>> {
         let Some(meta) = self.get(SNAPSHOT_META)? else { return Ok(None) };
         let data = self.0.db.get_cf(self.cf(META)?, SNAPSHOT)?.context("the metadata log's snapshot is missing")?;
         Ok(Some((meta, data)))

@@ -3,18 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use mortar_proto::config::{BrickState, Slot};
-use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
-use mortar_proto::metadata::state::Volume;
 use mortar_proto::client::control::with_port;
+use mortar_proto::config::{BrickState, Slot};
+use mortar_proto::metadata::state::Volume;
+use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
 use mortar_proto::wire::cluster::{
-    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientRow, Empty, FileHealRow,
-    HealInfoReply, IdentifyReply, MissedOf, ServerAddReply, ServerAddRequest, ServerListReply, ServerRemoveRequest, ServerRow,
-    VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest, VolumeStatusReply, VolumeStatusRow,
-    cluster_client::ClusterClient, cluster_server::Cluster,
+    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientRow, Empty,
+    FileHealRow, HealInfoReply, IdentifyReply, MissedOf, ServerAddReply, ServerAddRequest, ServerListReply,
+    ServerRemoveRequest, ServerRow, VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest,
+    VolumeStatusReply, VolumeStatusRow, cluster_client::ClusterClient, cluster_server::Cluster,
 };
-use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
 use mortar_proto::wire::id_bytes;
+use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
 use mortar_proto::{BrickId, Ino, ServerId, VolumeId};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
@@ -25,16 +25,26 @@ use super::{Server, checks};
 const PEER_TIMEOUT: Duration = Duration::from_secs(3);
 /// The same, for what only decorates an answer.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(1000);
+/// How long until a server that refused a connection is tried again.
+const RETRY: Duration = Duration::from_millis(150);
+/// How long a server that was taken in may take to be heard: it starts anew for that.
+const ARRIVAL: Duration = Duration::from_secs(8);
 /// "Unknown" and "never" in what is counted.
 const UNKNOWN: u32 = u32::MAX;
 
 async fn connect(address: &str, timeout: Duration) -> Result<Channel, String> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| format!("{address} is no address: {e}"))?;
-    let connected = tokio::time::timeout(timeout, endpoint.connect_timeout(timeout).tcp_nodelay(true).connect()).await;
-    match connected {
-        Ok(Ok(channel)) => Ok(channel),
-        Ok(Err(_)) => Err(format!("server {address} cannot be reached; is mortar-brickd running there?")),
-        Err(_) => Err(format!("server {address} does not answer within {} s", timeout.as_secs())),
+    let endpoint =
+        Endpoint::from_shared(format!("http://{address}")).map_err(|e| format!("{address} is no address: {e}"))?;
+    let endpoint = endpoint.connect_timeout(timeout).tcp_nodelay(true);
+    let until = Instant::now() + timeout;
+    loop {
+        // One that is just starting refuses for a moment.
+        match tokio::time::timeout_at(until.into(), endpoint.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(_)) if Instant::now() + RETRY < until => tokio::time::sleep(RETRY).await,
+            Ok(Err(_)) => return Err(format!("server {address} cannot be reached; is mortar-brickd running there?")),
+            Err(_) => return Err(format!("server {address} does not answer within {} s", timeout.as_secs())),
+        }
     }
 }
 
@@ -51,7 +61,8 @@ fn find_server(state: &State, meant: &str) -> Option<ServerId> {
     let full = with_port(meant);
     let by_address = state.servers.iter().find(|(_, s)| s.address == meant || s.address == full);
     let by_host = || {
-        let mut found = state.servers.iter().filter(|(_, s)| s.address.rsplit_once(':').is_some_and(|(host, _)| host == meant));
+        let mut found =
+            state.servers.iter().filter(|(_, s)| s.address.rsplit_once(':').is_some_and(|(host, _)| host == meant));
         let first = found.next();
         if found.next().is_some() { None } else { first }
     };
@@ -149,23 +160,26 @@ impl Cluster for Server {
             Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
                 return Err(Status::invalid_argument(status.message().to_owned()));
             }
-            Ok(Err(status)) => return Err(Status::unavailable(format!("server {address} refuses: {}", status.message()))),
+            Ok(Err(status)) => {
+                return Err(Status::unavailable(format!("server {address} refuses: {}", status.message())));
+            }
             Err(_) => return Err(Status::unavailable(format!("server {address} does not answer"))),
         };
         let server = ServerId(reply.server);
         let known = self.log.with_state(|state| state.servers.contains_key(&server));
-        if known {
+        // One that was taken in but never heard is taken in once more: the first time may have been cut short.
+        if known && self.lead(|leader| leader.servers.contains_key(&server))? {
             let me = if server == self.log.identity().server { " (it is the one that was asked)" } else { "" };
             return Err(Status::invalid_argument(format!("server {address} is in this cluster already{me}")));
         }
         // The address that was typed reaches it from here; what it says of itself may be 0.0.0.0.
         self.log.propose(Command::ServerAdd { server, address: address.clone() }, None).await?;
         // The log takes it into the quorum by itself; a crash here only delays that.
-        let until = Instant::now() + PEER_TIMEOUT;
-        while !self.log.members().contains(&server) && Instant::now() < until {
-            self.log.changed(Duration::from_millis(100)).await;
-        }
         tracing::info!(server = format!("{:x}", server.0), address, "taken into the cluster");
+        let until = Instant::now() + ARRIVAL;
+        while Instant::now() < until && !self.lead(|leader| leader.servers.contains_key(&server)).unwrap_or(false) {
+            tokio::time::sleep(RETRY).await;
+        }
         Ok(Response::new(ServerAddReply { server: server.0, address }))
     }
 
@@ -188,8 +202,15 @@ impl Cluster for Server {
         let servers = self.log.with_state(|state| {
             let row = |(id, s): (&ServerId, &mortar_proto::metadata::state::Server)| {
                 let heard = news.get(id);
-                let heard_ms = heard.map_or(UNKNOWN, |n| now.saturating_sub(n.heard_ms).min(u64::from(UNKNOWN - 1)) as u32);
-                let role = if leader == Some(*id) { "leader" } else if voters.contains(id) { "voter" } else { "learner" };
+                let heard_ms =
+                    heard.map_or(UNKNOWN, |n| now.saturating_sub(n.heard_ms).min(u64::from(UNKNOWN - 1)) as u32);
+                let role = if leader == Some(*id) {
+                    "leader"
+                } else if voters.contains(id) {
+                    "voter"
+                } else {
+                    "learner"
+                };
                 ServerRow {
                     id: format!("{:x}", id.0),
                     address: s.address.clone(),
@@ -209,7 +230,10 @@ impl Cluster for Server {
         self.log.linearizable().await?;
         let request = request.into_inner();
         if request.replica != 3 {
-            return Err(Status::invalid_argument(format!("replica {} is not served; a volume has replica 3", request.replica)));
+            return Err(Status::invalid_argument(format!(
+                "replica {} is not served; a volume has replica 3",
+                request.replica
+            )));
         }
         if request.bricks.is_empty() || !request.bricks.len().is_multiple_of(3) {
             return Err(Status::invalid_argument(format!(
@@ -224,11 +248,16 @@ impl Cluster for Server {
             };
             request.bricks.iter().map(place).collect::<Result<Vec<_>, _>>()
         })?;
-        let sets: Vec<[BrickPlace; 3]> = places.chunks_exact(3).map(|c| [c[0].clone(), c[1].clone(), c[2].clone()]).collect();
-        self.log.with_state(|s| s.check_new_volume(&request.name, &sets, request.force)).map_err(Status::invalid_argument)?;
+        let sets: Vec<[BrickPlace; 3]> =
+            places.chunks_exact(3).map(|c| [c[0].clone(), c[1].clone(), c[2].clone()]).collect();
+        self.log
+            .with_state(|s| s.check_new_volume(&request.name, &sets, request.force))
+            .map_err(Status::invalid_argument)?;
         for place in &places {
-            let address = self.log.with_state(|s| s.servers.get(&place.server).map(|s| s.address.clone())).unwrap_or_default();
-            let ask = CheckBrickRequest { path: place.path.clone(), force: request.force, volume: request.name.clone() };
+            let address =
+                self.log.with_state(|s| s.servers.get(&place.server).map(|s| s.address.clone())).unwrap_or_default();
+            let ask =
+                CheckBrickRequest { path: place.path.clone(), force: request.force, volume: request.name.clone() };
             let checked = if address == self.address {
                 self.check_brick(Request::new(ask)).await
             } else {
@@ -304,17 +333,20 @@ impl Cluster for Server {
         self.log.linearizable().await?;
         let name = request.into_inner().name;
         let asked: Vec<(BrickId, String)> = self.log.with_state(|state| {
-            let (id, _) = state.volume_named(&name).ok_or_else(|| Status::invalid_argument(state.no_such_volume(&name)))?;
+            let (id, _) =
+                state.volume_named(&name).ok_or_else(|| Status::invalid_argument(state.no_such_volume(&name)))?;
             let bricks = state.bricks.iter().filter(|(_, b)| b.volume == id);
             Ok::<_, Status>(
                 bricks
-                    .map(|(brick, b)| (*brick, state.servers.get(&b.server).map_or(String::new(), |s| s.address.clone())))
+                    .map(|(brick, b)| {
+                        (*brick, state.servers.get(&b.server).map_or(String::new(), |s| s.address.clone()))
+                    })
                     .collect(),
             )
         })?;
-        let answers = futures::future::join_all(asked.iter().map(|(brick, address)| async {
-            (*brick, self.ask_heal(address.clone(), *brick).await)
-        }))
+        let answers = futures::future::join_all(
+            asked.iter().map(|(brick, address)| async { (*brick, self.ask_heal(address.clone(), *brick).await) }),
+        )
         .await;
         let known: HashMap<BrickId, BrickHealReply> = answers.into_iter().filter_map(|(b, a)| Some((b, a?))).collect();
         let news = self.lead(|l| l.bricks.clone())?;
@@ -397,7 +429,9 @@ fn missing(
     if set.configuration.state(slot) == BrickState::InSync {
         return files;
     }
-    let of_slot = |reply: &BrickHealReply| -> Option<MissedOf> { reply.missed.iter().find(|m| m.slot == u32::from(slot.0)).cloned() };
+    let of_slot = |reply: &BrickHealReply| -> Option<MissedOf> {
+        reply.missed.iter().find(|m| m.slot == u32::from(slot.0)).cloned()
+    };
     for teller in set.configuration.in_sync().with(slot).iter() {
         let brick = set.configuration.members[teller.index()].brick;
         let Some(missed) = known.get(&brick).and_then(of_slot) else { continue };

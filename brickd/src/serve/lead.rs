@@ -144,7 +144,9 @@ impl Leader {
     /// Sessions that were not heard for their time to live; nobody is older than this leader.
     fn lapsed(&self, state: &State, now_ms: u64) -> Vec<SessionId> {
         let ttl = |volume: Option<VolumeId>| {
-            volume.and_then(|v| state.volumes.get(&v)).map_or(Options::defaults().session_ttl_ms, |v| Options::of(v).session_ttl_ms)
+            volume
+                .and_then(|v| state.volumes.get(&v))
+                .map_or(Options::defaults().session_ttl_ms, |v| Options::of(v).session_ttl_ms)
         };
         state
             .sessions
@@ -204,7 +206,8 @@ pub(super) fn start(server: &Arc<Server>) {
                 let me = members.log.identity().server;
                 // One that moved tells where to. A leader that is not named was removed, and the log is about to let it out
                 // of the quorum.
-                let moved = members.log.with_state(|s| s.servers.get(&me).is_some_and(|s| s.address != members.address));
+                let moved =
+                    members.log.with_state(|s| s.servers.get(&me).is_some_and(|s| s.address != members.address));
                 if moved {
                     let command = Command::ServerAdd { server: me, address: members.address.clone() };
                     let _ = members.log.propose(command, None).await;

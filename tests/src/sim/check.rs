@@ -39,8 +39,8 @@ impl World {
                 }
                 if member.state == BrickState::InSync {
                     let needs = self.history.flushed_needs(*ino);
-                    for b in 0..needs.len() {
-                        if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), needs[b]) {
+                    for (b, need) in needs.iter().enumerate() {
+                        if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), *need) {
                             self.fail(|| format!("I7: b{s} has not made durable what was flushed: {why}"));
                             return;
                         }

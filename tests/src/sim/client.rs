@@ -136,7 +136,7 @@ impl World {
         self.after(down, Happening::ClientStart(c));
     }
 
-    fn to_leader(&mut self, c: usize, message: ToLeader) {
+    fn tell_leader(&mut self, c: usize, message: ToLeader) {
         self.send(Node::Client(c), Node::Leader, false, Happening::ToLeader(message));
     }
 
@@ -146,7 +146,7 @@ impl World {
         if self.clients[c].next_keep_alive <= now {
             self.clients[c].next_keep_alive = now + 300;
             let session = self.clients[c].session;
-            self.to_leader(c, ToLeader::KeepAlive { client: c, generation, session });
+            self.tell_leader(c, ToLeader::KeepAlive { client: c, generation, session });
         }
         if self.clients[c].next_control <= now {
             self.clients[c].next_control = now + 400;
@@ -286,8 +286,8 @@ impl World {
                     self.ask_leader(c, ino, Control::Release { session, epoch, finished });
                 }
             }
-            Effect::Suspect(slot, n) => self.to_leader(c, ToLeader::Suspect(slot, n)),
-            Effect::Refresh => self.to_leader(c, ToLeader::Refresh(c, generation)),
+            Effect::Suspect(slot, n) => self.tell_leader(c, ToLeader::Suspect(slot, n)),
+            Effect::Refresh => self.tell_leader(c, ToLeader::Refresh(c, generation)),
             Effect::WantPermit => {
                 let delay = self.rng.delay(20, 200);
                 self.after(delay, Happening::Permit(c, generation, ino));
@@ -311,8 +311,7 @@ impl World {
                     self.fail(|| format!("read {} completed without bytes", op.0));
                     return;
                 };
-                for b in first..first + count {
-                    let need = needs[b];
+                for (b, need) in needs.iter().copied().enumerate().skip(first).take(count) {
                     if let Err(why) = self.history.check(pending.ino, b, content.blocks[b], need) {
                         self.fail(|| format!("I2: read {} of c{c}: {why}", op.0));
                     }
@@ -360,12 +359,12 @@ impl World {
         match control {
             Control::Acquire => {
                 if let Some(session) = self.clients[c].session {
-                    self.to_leader(c, ToLeader::Acquire { client: c, generation, session, ino, number });
+                    self.tell_leader(c, ToLeader::Acquire { client: c, generation, session, ino, number });
                 }
             }
             Control::Release { session, epoch, finished } => {
                 let message = ToLeader::Release { client: c, generation, session, ino, number, epoch, finished };
-                self.to_leader(c, message);
+                self.tell_leader(c, message);
             }
         }
     }
@@ -380,7 +379,7 @@ impl World {
         true
     }
 
-    pub(super) fn from_leader(&mut self, message: FromLeader) {
+    pub(super) fn leader_says(&mut self, message: FromLeader) {
         match message {
             FromLeader::Beat { slot, generation, sent_ms, commit, agree } => {
                 if self.bricks[slot].runs(generation) && self.bricks[slot].paused_until <= self.now {

@@ -404,7 +404,7 @@ impl World {
                     self.leader_gets(message);
                 }
             }
-            Happening::FromLeader(message) => self.from_leader(message),
+            Happening::FromLeader(message) => self.leader_says(message),
             Happening::LeaderTick => {
                 if self.leader.paused_until <= self.now {
                     self.leader_tick();
