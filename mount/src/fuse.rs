@@ -124,7 +124,7 @@ impl Adapter {
     }
 
     fn ino(&self, number: INodeNo) -> Ino {
-        self.fs.numbers.from_kernel(number.0)
+        self.fs.numbers.inode(number.0)
     }
 
     fn place(&self, parent: INodeNo, name: &OsStr) -> Place {
@@ -382,7 +382,7 @@ impl Filesystem for Adapter {
             |fs, result| match result {
                 Ok(entries) => {
                     for entry in entries {
-                        let number = INodeNo(fs.numbers.to_kernel(entry.attributes.ino));
+                        let number = INodeNo(fs.numbers.kernel_number(entry.attributes.ino));
                         let kind = kind(entry.attributes.mode);
                         if reply.add(number, entry.cookie, kind, OsStr::from_bytes(&entry.name)) {
                             break;
@@ -574,7 +574,7 @@ fn attr(fs: &Fs, node: &Node) -> FileAttr {
         None => (known.size, known.size.div_ceil(512), known.mtime_ns),
     };
     FileAttr {
-        ino: INodeNo(fs.numbers.to_kernel(known.ino)),
+        ino: INodeNo(fs.numbers.kernel_number(known.ino)),
         size,
         blocks,
         atime: system_time(known.atime_ns),

@@ -67,10 +67,9 @@ fn servers_that_do_not_answer_are_named() {
     // A port that was free a moment ago.
     let port = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let dir = tempfile::tempdir().expect("a directory");
-    for mode in [&[][..], &["-f"]] {
-        let source = format!("127.0.0.1:{port}:/vmstore");
-        let mut arguments = vec![source.as_str(), text(dir.path())];
-        arguments.extend_from_slice(mode);
-        refused(&arguments, 1, &["mortar-mount: "]);
-    }
+    let source = format!("127.0.0.1:{port}:/vmstore");
+    std::thread::scope(|scope| {
+        scope.spawn(|| refused(&[&source, text(dir.path())], 1, &["mortar-mount: "]));
+        scope.spawn(|| refused(&[&source, text(dir.path()), "-f"], 1, &["mortar-mount: "]));
+    });
 }

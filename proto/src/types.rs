@@ -121,15 +121,6 @@ impl ByteRange {
     pub const fn overlaps(&self, other: &Self) -> bool {
         self.start < other.end && other.start < self.end
     }
-    /// The smallest range that has both; an empty one adds nothing.
-    #[must_use]
-    pub fn hull(&self, other: &Self) -> Self {
-        match (self.is_empty(), other.is_empty()) {
-            (_, true) => *self,
-            (true, false) => *other,
-            _ => Self { start: self.start.min(other.start), end: self.end.max(other.end) },
-        }
-    }
     /// Rounded out to whole blocks, as the busy table wants it `[W3]`.
     #[must_use]
     pub const fn to_blocks(&self) -> Self {

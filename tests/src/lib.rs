@@ -1,3 +1,6 @@
-//! What Mortar is tested with: a deterministic simulator of its machines.
+//! What Mortar is tested with: a deterministic simulator of its machines, what programs expect of a mount, and whole
+//! clusters of real processes.
 
+pub mod harness;
+pub mod scenarios;
 pub mod sim;

@@ -1,7 +1,7 @@
 //! What the administrator says.
 
 use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mortar_proto::config::{BrickState, Slot};
 use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
@@ -25,16 +25,25 @@ use super::{Server, checks};
 const PEER_TIMEOUT: Duration = Duration::from_secs(3);
 /// The same, for what only decorates an answer.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(1000);
+/// How long until a server that refused a connection is tried again.
+const RETRY: Duration = Duration::from_millis(150);
+/// How long a server that was taken in may take to be heard: it starts anew for that.
+const ARRIVAL: Duration = Duration::from_secs(8);
 /// "Unknown" and "never" in what is counted.
 const UNKNOWN: u32 = u32::MAX;
 
 async fn connect(address: &str, timeout: Duration) -> Result<Channel, String> {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| format!("{address} is no address: {e}"))?;
-    let connected = tokio::time::timeout(timeout, endpoint.connect_timeout(timeout).tcp_nodelay(true).connect()).await;
-    match connected {
-        Ok(Ok(channel)) => Ok(channel),
-        Ok(Err(_)) => Err(format!("server {address} cannot be reached; is mortar-brickd running there?")),
-        Err(_) => Err(format!("server {address} does not answer within {} s", timeout.as_secs())),
+    let endpoint = endpoint.connect_timeout(timeout).tcp_nodelay(true);
+    let until = Instant::now() + timeout;
+    loop {
+        // One that is just starting refuses for a moment.
+        match tokio::time::timeout_at(until.into(), endpoint.connect()).await {
+            Ok(Ok(channel)) => return Ok(channel),
+            Ok(Err(_)) if Instant::now() + RETRY < until => tokio::time::sleep(RETRY).await,
+            Ok(Err(_)) => return Err(format!("server {address} cannot be reached; is mortar-brickd running there?")),
+            Err(_) => return Err(format!("server {address} does not answer within {} s", timeout.as_secs())),
+        }
     }
 }
 
@@ -154,7 +163,8 @@ impl Cluster for Server {
         };
         let server = ServerId(reply.server);
         let known = self.log.with_state(|state| state.servers.contains_key(&server));
-        if known {
+        // One that was taken in but never heard is taken in once more: the first time may have been cut short.
+        if known && self.lead(|leader| leader.servers.contains_key(&server))? {
             let me = if server == self.log.identity().server { " (it is the one that was asked)" } else { "" };
             return Err(Status::invalid_argument(format!("server {address} is in this cluster already{me}")));
         }
@@ -162,6 +172,10 @@ impl Cluster for Server {
         self.log.propose(Command::ServerAdd { server, address: address.clone() }, None).await?;
         self.log.add_learner(server, &address).await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
         tracing::info!(server = format!("{:x}", server.0), address, "taken into the cluster");
+        let until = Instant::now() + ARRIVAL;
+        while Instant::now() < until && !self.lead(|leader| leader.servers.contains_key(&server)).unwrap_or(false) {
+            tokio::time::sleep(RETRY).await;
+        }
         Ok(Response::new(ServerAddReply { server: server.0, address }))
     }
 

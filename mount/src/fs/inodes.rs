@@ -22,12 +22,12 @@ impl Numbers {
     }
     /// The kernel's number of an inode of the volume.
     #[must_use]
-    pub fn to_kernel(self, ino: Ino) -> u64 {
+    pub fn kernel_number(self, ino: Ino) -> u64 {
         self.swap(ino.0)
     }
     /// The volume's inode of one of the kernel's numbers.
     #[must_use]
-    pub fn from_kernel(self, number: u64) -> Ino {
+    pub fn inode(self, number: u64) -> Ino {
         Ino(self.swap(number))
     }
     fn swap(self, number: u64) -> u64 {
@@ -81,10 +81,10 @@ mod tests {
     fn the_root_is_the_kernels_1_and_every_number_leads_back() {
         for root in [1, 2, 77] {
             let numbers = Numbers::new(Ino(root));
-            assert_eq!(numbers.to_kernel(Ino(root)), 1);
-            assert_eq!(numbers.from_kernel(1), Ino(root));
+            assert_eq!(numbers.kernel_number(Ino(root)), 1);
+            assert_eq!(numbers.inode(1), Ino(root));
             for n in [0, 1, 2, 3, 76, 77, u64::MAX] {
-                assert_eq!(numbers.from_kernel(numbers.to_kernel(Ino(n))), Ino(n));
+                assert_eq!(numbers.inode(numbers.kernel_number(Ino(n))), Ino(n));
             }
         }
     }

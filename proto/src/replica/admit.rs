@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{DoubtEntry, File, Replica, Running, drop_count};
+use super::{File, Replica, Running, drop_count};
 use crate::config::{BrickState, Slot, Slots};
 use crate::types::{ByteRange, ConfigNo, EXTENT_BYTES, Epoch, Ino, REGION_BYTES, SIZE_REGION, Seq, SessionId};
 
@@ -156,7 +156,7 @@ impl Replica {
                 missed: file.missed_due(out, range.units(REGION_BYTES)),
             },
             Purpose::Pull { range, doubt } => Bookkeeping {
-                intents: file.intents_due(range, now_ms),
+                intents: file.intents_due(intent_range(range), now_ms),
                 missed: match doubt {
                     // [W2] A recovered range is booked by every brick, as if it were written now.
                     Some((_, _, sized)) => file.recovered_due(out, range, sized),
@@ -184,7 +184,8 @@ impl Replica {
             return Admission::Duplicate(Bookkeeping { intents: Vec::new(), ..bookkeeping });
         }
         let (range, mutates) = match purpose {
-            Purpose::Mutate { range } | Purpose::Pull { range, .. } => (range, true),
+            Purpose::Mutate { range } => (range, true),
+            Purpose::Pull { range, .. } => (intent_range(range), true),
             _ => (ByteRange::default(), false),
         };
         let number = self.next_ticket;
@@ -227,19 +228,27 @@ impl Replica {
                 file.touch_intents(range, now_ms);
                 if !file.is_stable(key) {
                     // An earlier attempt that failed half-way may have touched more.
-                    let earlier = file.doubt.get(&key).copied();
-                    let sized = sized || earlier.is_some_and(|e| e.sized);
-                    let range = earlier.map_or(range, |e| e.range.hull(&range));
-                    file.doubt.insert(key, DoubtEntry { range, sized, applied });
+                    let entry = file.doubt.entry(key).or_default();
+                    entry.bytes.insert(range.start..range.end);
+                    entry.sized |= sized;
+                    entry.applied = applied;
                 }
             }
             Purpose::Pull { range, doubt } => {
-                file.touch_intents(range, now_ms);
+                file.touch_intents(intent_range(range), now_ms);
                 match doubt {
                     Some((epoch, seq, sized)) if applied => {
                         // What is copied replaces what was in doubt here, and stays in doubt as what it is [W2].
-                        file.doubt.retain(|_, d| !(d.range == range && d.sized == sized));
-                        file.doubt.insert((epoch, seq), DoubtEntry { range, sized, applied: true });
+                        let now = file.epoch;
+                        file.doubt.retain(|(of, _), d| {
+                            d.bytes.remove(range.start..range.end);
+                            d.sized &= !sized;
+                            *of == now || d.sized || !d.bytes.is_empty()
+                        });
+                        let entry = file.doubt.entry((epoch, seq)).or_default();
+                        entry.bytes.insert(range.start..range.end);
+                        entry.sized |= sized;
+                        entry.applied = true;
                     }
                     _ => {}
                 }
@@ -275,6 +284,12 @@ impl Replica {
     pub fn is_drained(&self) -> bool {
         self.running_by_n.is_empty()
     }
+}
+
+/// The bytes whose intents a pull needs. The size alone has none, but what makes it durable may fail as well: the intent of
+/// the file's first extent stands for it, and brings the size back with it [S1].
+fn intent_range(range: ByteRange) -> ByteRange {
+    if range.is_empty() { ByteRange::at(0, 1) } else { range }
 }
 
 impl File {
@@ -333,7 +348,13 @@ impl File {
 
     /// What is missed by a mutation that is in doubt here.
     fn missed_of_doubt(&self, out: Slots, key: (Epoch, Seq)) -> Vec<(Slot, Range<u64>)> {
-        self.doubt.get(&key).map_or_else(Vec::new, |d| self.missed_of_range(out, d.range, d.sized))
+        let Some(entry) = self.doubt.get(&key) else { return Vec::new() };
+        let mut due = if entry.sized { self.missed_due(out, SIZE_REGION..SIZE_REGION + 1) } else { Vec::new() };
+        for bytes in entry.bytes.iter() {
+            let range = ByteRange { start: bytes.start, end: bytes.end };
+            due.extend(self.missed_due(out, range.units(REGION_BYTES)));
+        }
+        due
     }
 
     /// A recovered range; one that stands for the size only has no bytes.

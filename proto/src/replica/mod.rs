@@ -47,9 +47,11 @@ pub struct Doubt {
     pub sized: bool,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 struct DoubtEntry {
-    range: ByteRange,
+    /// The bytes; a copy of [W2] brings the range of one mutation here piece by piece.
+    bytes: IntervalSet,
+    /// It changed the size.
     sized: bool,
     /// False: it failed half-way, so the bytes are anybody's guess; sent again it is tried again.
     applied: bool,
@@ -89,6 +91,14 @@ struct File {
     missed: [IntervalSet; REPLICAS],
     /// What this brick, `Syncing`, must get back besides what the others list `[S1]`.
     plan: IntervalSet,
+}
+
+impl DoubtEntry {
+    /// It keeps the intent of an extent that has these bytes. A size alone keeps that of the file's first extent.
+    fn touches(&self, bytes: &ByteRange) -> bool {
+        self.bytes.iter().any(|r| r.start < bytes.end && bytes.start < r.end)
+            || self.sized && self.bytes.is_empty() && bytes.start == 0
+    }
 }
 
 impl File {
@@ -367,10 +377,17 @@ impl Replica {
     #[must_use]
     pub fn in_doubt(&self, ino: Ino) -> Vec<Doubt> {
         self.files.get(&ino).map_or_else(Vec::new, |file| {
-            file.doubt
-                .iter()
-                .map(|((epoch, seq), d)| Doubt { epoch: *epoch, seq: *seq, range: d.range, sized: d.sized })
-                .collect()
+            let mut all = Vec::new();
+            for ((epoch, seq), entry) in &file.doubt {
+                let doubt = Doubt { epoch: *epoch, seq: *seq, range: ByteRange::default(), sized: false };
+                all.extend(
+                    entry.bytes.iter().map(|r| Doubt { range: ByteRange { start: r.start, end: r.end }, ..doubt }),
+                );
+                if entry.sized {
+                    all.push(Doubt { sized: true, ..doubt });
+                }
+            }
+            all
         })
     }
 
@@ -481,7 +498,7 @@ impl File {
         let bytes = ByteRange { start: extent * EXTENT_BYTES, end: (extent + 1) * EXTENT_BYTES };
         !self.inherited.contains(&extent)
             && !self.running.iter().any(|r| r.mutates && r.range.overlaps(&bytes))
-            && !self.doubt.values().any(|d| d.range.overlaps(&bytes))
+            && !self.doubt.values().any(|d| d.touches(&bytes))
     }
 }
 

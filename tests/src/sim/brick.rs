@@ -5,37 +5,29 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use mortar_proto::coordinator::{Answer, Body, Mutation, Stat};
+use mortar_proto::coordinator::Answer;
 use mortar_proto::interval::IntervalSet;
 use mortar_proto::metadata::Effect;
 use mortar_proto::metadata::command::Registration;
 use mortar_proto::metadata::monitor::Beat;
-use mortar_proto::replica::{Admission, Purpose, Refusal, Replica, Stamp, Ticket};
-use mortar_proto::types::{BootId, BrickId, ByteRange, ConfigNo, Ino, LogIndex};
+use mortar_proto::replica::{Purpose, Replica, Ticket};
+use mortar_proto::types::{BootId, BrickId, ConfigNo, Ino, LogIndex};
 use mortar_proto::{BrickState, Incarnation, Slot, Slots};
 
 use super::disk::{Content, Disk, Geometry};
 use super::leader::ToLeader;
-use super::world::{Connection, Happening, Node, TIMEOUTS, TIMING, Wire, World, mutation_of, slot};
-
-/// A request that is not ready waits this long before it is answered `Behind`.
-const WAIT_MS: u64 = 800;
-/// Intents are cleared when nothing has touched them for this long.
-const INTENT_IDLE_MS: u64 = 400;
-/// `EIO`, `ENOSPC`
-const EIO: i32 = 5;
-const ENOSPC: i32 = 28;
+use super::world::{Connection, Happening, Node, TIMING, Wire, World, slot};
 
 /// A request under way.
 #[derive(Clone, Debug)]
 pub struct Job {
-    wire: Wire,
-    purpose: Purpose,
-    ticket: Option<Ticket>,
-    missed: Vec<(Slot, Range<u64>)>,
-    sized: bool,
-    applied: bool,
-    answer: Answer,
+    pub(super) wire: Wire,
+    pub(super) purpose: Purpose,
+    pub(super) ticket: Option<Ticket>,
+    pub(super) missed: Vec<(Slot, Range<u64>)>,
+    pub(super) sized: bool,
+    pub(super) applied: bool,
+    pub(super) answer: Answer,
 }
 
 /// Where something that takes time has come to.
@@ -83,29 +75,28 @@ pub enum Peer {
 /// What an `InSync` brick tells one that plans or finishes.
 #[derive(Clone, Debug)]
 pub struct Lists {
-    intents: Vec<(Ino, Vec<u64>)>,
-    missed: Vec<(Slot, Ino, IntervalSet)>,
+    pub(super) intents: Vec<(Ino, Vec<u64>)>,
+    pub(super) missed: Vec<(Slot, Ino, IntervalSet)>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum TaskKind {
+pub(super) enum TaskKind {
     Plan,
     Finish,
 }
 
 /// Planning, or finishing, under way.
 #[derive(Clone, Debug)]
-struct Task {
-    number: u64,
-    kind: TaskKind,
-    n: ConfigNo,
-    left: Slots,
-    lists: Vec<Lists>,
+pub(super) struct Task {
+    pub(super) number: u64,
+    pub(super) kind: TaskKind,
+    pub(super) n: ConfigNo,
+    pub(super) left: Slots,
+    pub(super) lists: Vec<Lists>,
 }
 
 /// A brick.
 pub struct Brick {
-    slot: usize,
     /// Its process, if it runs.
     pub replica: Option<Replica>,
     /// Counts starts and ends of the process.
@@ -124,19 +115,21 @@ pub struct Brick {
     pub will_start: bool,
     /// The connection of each client that is served.
     pub accepted: Vec<u64>,
-    waiting: Vec<(Wire, u64)>,
-    pulls: BTreeMap<u64, Job>,
-    task: Option<Task>,
-    clearing: bool,
+    pub(super) waiting: Vec<(Wire, u64)>,
+    pub(super) pulls: BTreeMap<u64, Job>,
+    pub(super) task: Option<Task>,
+    pub(super) clearing: bool,
     registration: Registration,
     /// It is stopping cleanly, since then.
     pub stopping: Option<u64>,
-    stop_flushing: bool,
+    pub(super) stop_flushing: bool,
     /// Its next flush fails.
     pub flush_fails: bool,
     /// Writes fail for want of space.
     pub full: bool,
     clock_offset: u64,
+    /// How fast its clock runs, in thousandths.
+    pub clock_permille: u64,
     ticks: u64,
 }
 
@@ -145,7 +138,6 @@ impl Brick {
     #[must_use]
     pub fn new(index: usize, geometry: Geometry, incarnation: Incarnation, boot: BootId) -> Self {
         Self {
-            slot: index,
             replica: None,
             generation: 0,
             boot,
@@ -165,6 +157,7 @@ impl Brick {
             flush_fails: false,
             full: false,
             clock_offset: index as u64 * 7_000,
+            clock_permille: 1000,
             ticks: 0,
         }
     }
@@ -184,16 +177,16 @@ impl World {
     /// The brick's own clock.
     #[must_use]
     pub fn brick_now(&self, s: usize) -> u64 {
-        self.now + self.bricks[s].clock_offset
+        self.now * self.bricks[s].clock_permille / 1000 + self.bricks[s].clock_offset
     }
-    fn disk_delay(&mut self) -> u64 {
+    pub(super) fn disk_delay(&mut self) -> u64 {
         self.rng.delay(self.disk_ms, self.disk_ms * 15)
     }
-    fn later(&mut self, s: usize, delay_ms: u64, step: Step) {
+    pub(super) fn later(&mut self, s: usize, delay_ms: u64, step: Step) {
         let generation = self.bricks[s].generation;
         self.after(delay_ms, Happening::Step(s, generation, step));
     }
-    fn replica(&mut self, s: usize) -> &mut Replica {
+    pub(super) fn replica(&mut self, s: usize) -> &mut Replica {
         self.bricks[s].replica.as_mut().expect("only running bricks are asked")
     }
 
@@ -286,8 +279,11 @@ impl World {
                 self.after(delay, Happening::Apply(s, generation));
                 break;
             }
-            let index = self.bricks[s].applied;
-            let effects = self.leader.log.entries[index].clone();
+            let behind = self.leader.log.entries.len() - self.bricks[s].applied;
+            // One that lags gets the state that several entries add up to.
+            let many = if behind > 3 && self.rng.chance(300) { 1 + self.rng.index(behind) } else { 1 };
+            let index = self.bricks[s].applied + many - 1;
+            let effects = self.effects_of(s, index, many);
             for effect in effects {
                 match effect {
                     Effect::Configured { configuration, cold_start, .. } => {
@@ -313,6 +309,36 @@ impl World {
         if applied {
             self.ask_again(s);
         }
+    }
+
+    /// What the `many` entries up to `index` change for a brick.
+    fn effects_of(&self, s: usize, index: usize, many: usize) -> Vec<Effect> {
+        let all = self.leader.log.entries[index + 1 - many..=index].iter().flatten();
+        if many == 1 {
+            return all.cloned().collect();
+        }
+        let (mut configured, mut source, mut leases) = (None, None, BTreeMap::new());
+        for effect in all {
+            match effect {
+                Effect::Configured { configuration, cold_start, .. } => {
+                    let me = configuration.members[s];
+                    if me.state != BrickState::InSync || me.incarnation != self.bricks[s].incarnation {
+                        source = None;
+                    } else if *cold_start == Some(slot(s)) {
+                        source = *cold_start;
+                    }
+                    configured = Some(effect.clone());
+                }
+                Effect::Leased { ino, .. } => {
+                    leases.insert(*ino, effect.clone());
+                }
+                _ => {}
+            }
+        }
+        if let Some(Effect::Configured { cold_start, .. }) = &mut configured {
+            *cold_start = source;
+        }
+        configured.into_iter().chain(leases.into_values()).collect()
     }
 
     pub(super) fn beat_answered(&mut self, s: usize, sent_ms: u64, commit: LogIndex, agree: bool) {
@@ -361,471 +387,5 @@ impl World {
         let generation = brick.generation;
         let message = ToLeader::Beat { slot: s, generation, sent_ms, beat };
         self.send(Node::Brick(s), Node::Leader, false, Happening::ToLeader(message));
-    }
-
-    // -- requests ------------------------------------------------------------------------------------------------------
-
-    pub(super) fn answer(&mut self, s: usize, wire: Wire, answer: Answer, content: Option<Content>) {
-        let c = wire.connection;
-        if self.bricks[s].accepted[c.client] != c.number {
-            return;
-        }
-        self.note(|| format!("b{s} -> c{} {:?} {answer:?} {content:?}", c.client, wire.request.body));
-        let happening = Happening::Answer { connection: c, ino: wire.ino, id: wire.request.id, answer, content };
-        self.send(Node::Brick(s), Node::Client(c.client), true, happening);
-    }
-
-    fn stamp(wire: &Wire) -> Stamp {
-        let r = &wire.request;
-        Stamp { n: r.n, epoch: r.epoch, session: wire.session, seq: r.seq, stable: r.stable, settled: r.settled }
-    }
-
-    /// A new connection of a client ends the older one before it is served [F3].
-    pub(super) fn accept(&mut self, s: usize, client: usize, number: u64) {
-        self.bricks[s].accepted[client] = number;
-        self.bricks[s].waiting.retain(|(w, _)| w.connection.client != client);
-    }
-
-    fn ask_again(&mut self, s: usize) {
-        let waiting = std::mem::take(&mut self.bricks[s].waiting);
-        for (wire, deadline) in waiting {
-            if !self.try_request(s, wire) {
-                self.bricks[s].waiting.push((wire, deadline));
-            }
-        }
-    }
-
-    pub(super) fn request(&mut self, wire: Wire) {
-        let s = wire.connection.slot;
-        if !self.try_request(s, wire) {
-            let deadline = self.now + WAIT_MS;
-            self.bricks[s].waiting.push((wire, deadline));
-        }
-    }
-
-    /// False: it has to wait.
-    fn try_request(&mut self, s: usize, wire: Wire) -> bool {
-        let now = self.brick_now(s);
-        let size = self.bricks[s].disk.size(wire.ino);
-        let purpose = match wire.request.body {
-            Body::Read(_) | Body::Stat | Body::Seek { .. } => {
-                if self.replica(s).may_read(now) {
-                    let delay = self.disk_delay();
-                    self.later(s, delay, Step::Read(wire));
-                } else {
-                    self.answer(s, wire, Answer::Behind, None);
-                }
-                return true;
-            }
-            Body::Mutate(_, Mutation::Write { offset, length }) => {
-                Purpose::Mutate { range: ByteRange::at(offset, length) }
-            }
-            Body::Mutate(_, Mutation::Truncate { size: to }) => {
-                Purpose::Mutate { range: ByteRange { start: to.min(size), end: to.max(size) } }
-            }
-            Body::Mutate(..) => Purpose::Settle,
-            Body::Fence => Purpose::Fence,
-            Body::Flush => Purpose::Flush,
-            Body::Settle => Purpose::Settle,
-            Body::Pull { range, size, doubt, .. } => {
-                Purpose::Pull { range, doubt: doubt.map(|(epoch, seq)| (epoch, seq, size)) }
-            }
-            Body::Note { range, sized } => Purpose::Note { range, sized },
-            Body::RepairList(_) | Body::ClearMissed { .. } => Purpose::Repair,
-        };
-        let stamp = Self::stamp(&wire);
-        let admission = self.replica(s).admit(wire.ino, &stamp, purpose, now);
-        let mut job =
-            Job { wire, purpose, ticket: None, missed: Vec::new(), sized: false, applied: true, answer: Answer::Done };
-        match admission {
-            Admission::Wait => return false,
-            Admission::Refused(Refusal::Stale { n, epoch }) => self.answer(s, wire, Answer::Stale { n, epoch }, None),
-            Admission::Refused(Refusal::Failed) => {
-                self.answer(s, wire, Answer::Failed { errno: EIO, brick: true }, None);
-            }
-            Admission::Duplicate(bookkeeping) => {
-                self.count("duplicate");
-                job.missed = bookkeeping.missed;
-                self.record_missed(s, job);
-            }
-            Admission::Apply(ticket, bookkeeping) => {
-                job.ticket = Some(ticket);
-                job.missed = bookkeeping.missed;
-                if bookkeeping.intents.is_empty() {
-                    self.touch_data(s, job);
-                } else {
-                    let delay = self.disk_delay();
-                    // The records of what is never acknowledged may be durable as well.
-                    self.later(s, delay, Step::Intents(job, bookkeeping.intents));
-                }
-            }
-        }
-        true
-    }
-
-    fn touch_data(&mut self, s: usize, mut job: Job) {
-        let delay = self.disk_delay();
-        match job.wire.request.body {
-            Body::Mutate(..) => self.later(s, delay, Step::Data(job, 0)),
-            Body::Pull { from, .. } => {
-                let number = self.number();
-                let ask = Peer::Ask(number, job.wire);
-                self.bricks[s].pulls.insert(number, job);
-                self.say(s, from.index(), ask);
-                self.later(s, TIMEOUTS.io_timeout_ms / 2, Step::PullLate(number));
-            }
-            Body::Flush => {
-                let upto = self.bricks[s].disk.written();
-                self.later(s, delay * 2, Step::Flushed(job, upto));
-            }
-            Body::Fence => {
-                let in_doubt = self.replica(s).in_doubt(job.wire.ino);
-                let size = self.bricks[s].disk.size(job.wire.ino);
-                job.answer = Answer::Fenced { in_doubt, size };
-                self.done(s, job);
-            }
-            Body::RepairList(x) => {
-                job.answer = match self.replica(s).repair_list(x, job.wire.ino) {
-                    Some(regions) => Answer::Regions(regions),
-                    None => Answer::Behind,
-                };
-                self.done(s, job);
-            }
-            Body::ClearMissed { x, region } => {
-                let ino = job.wire.ino;
-                self.replica(s).clear_missed(x, ino, region);
-                self.bricks[s].disk.forget_missed(x, ino, region..region + 1);
-                self.done(s, job);
-            }
-            _ => self.record_missed(s, job),
-        }
-    }
-
-    fn record_missed(&mut self, s: usize, job: Job) {
-        if job.missed.is_empty() {
-            self.done(s, job);
-        } else {
-            let delay = self.disk_delay();
-            self.later(s, delay, Step::Missed(job));
-        }
-    }
-
-    fn done(&mut self, s: usize, job: Job) {
-        if let Some(ticket) = job.ticket {
-            let now = self.brick_now(s);
-            self.replica(s).finish(ticket, job.purpose, job.sized, job.applied, now);
-            if let (Body::Pull { range, size, doubt: None, .. }, true) = (job.wire.request.body, job.applied) {
-                let region = if size {
-                    mortar_proto::types::SIZE_REGION
-                } else {
-                    range.start / mortar_proto::types::REGION_BYTES
-                };
-                self.replica(s).pulled_region(job.wire.ino, region);
-            }
-        }
-        self.answer(s, job.wire, job.answer, None);
-        self.ask_again(s);
-    }
-
-    pub(super) fn step(&mut self, s: usize, step: Step) {
-        match step {
-            Step::Intents(job, extents) => {
-                let now = self.brick_now(s);
-                self.bricks[s].disk.record_intents(job.wire.ino, &extents);
-                self.replica(s).intents_recorded(job.wire.ino, extents, now);
-                self.touch_data(s, job);
-            }
-            Step::Data(job, from) => self.write_data(s, job, from),
-            Step::Missed(job) => {
-                for (x, regions) in job.missed.clone() {
-                    self.bricks[s].disk.record_missed(x, job.wire.ino, regions.clone());
-                    self.replica(s).missed_recorded(x, job.wire.ino, regions);
-                }
-                self.done(s, job);
-            }
-            Step::Flushed(mut job, upto) => {
-                if self.bricks[s].flush_fails {
-                    self.count("flush failed");
-                    self.replica(s).fail();
-                    job.answer = Answer::Failed { errno: EIO, brick: true };
-                } else {
-                    self.bricks[s].disk.flushed(job.wire.ino, upto);
-                }
-                self.done(s, job);
-            }
-            Step::Read(wire) => self.serve_read(s, wire),
-            Step::Pulled(job, content) => self.write_pulled(s, job, content),
-            Step::PullLate(number) => {
-                if let Some(job) = self.bricks[s].pulls.remove(&number) {
-                    self.pull_failed(s, job);
-                }
-            }
-            Step::Clear(files, began_ms, upto) => {
-                for (ino, extents) in files {
-                    self.bricks[s].disk.flushed(ino, upto);
-                    let cleared = self.replica(s).clear_intents(ino, &extents, began_ms);
-                    self.note(|| format!("b{s} clears intents {ino:?} {cleared:?}"));
-                    self.bricks[s].disk.forget_intents(ino, &cleared);
-                }
-                self.bricks[s].clearing = false;
-            }
-            Step::TakenOver(n, missed) => {
-                for (x, ino, regions) in missed {
-                    self.bricks[s].disk.record_missed(x, ino, regions.clone());
-                    self.replica(s).missed_recorded(x, ino, regions);
-                }
-                let upto = self.bricks[s].disk.written();
-                let delay = self.disk_delay();
-                self.later(s, delay, Step::Repaired(n, upto));
-            }
-            Step::Repaired(n, upto) => {
-                for ino in self.bricks[s].disk.files() {
-                    self.bricks[s].disk.flushed(ino, upto);
-                }
-                let done = self.replica(s).repaired(n);
-                self.note(|| format!("b{s} repaired under n={n}: {done}"));
-                self.bricks[s].task = None;
-            }
-            Step::TaskLate(number) => {
-                if self.bricks[s].task.as_ref().is_some_and(|t| t.number == number) {
-                    self.bricks[s].task = None;
-                }
-            }
-            Step::Stop(upto) => {
-                let now = self.brick_now(s);
-                for ino in self.bricks[s].disk.files() {
-                    self.bricks[s].disk.flushed(ino, upto);
-                }
-                for (ino, extents) in self.replica(s).clearable_intents(now, 0) {
-                    let cleared = self.replica(s).clear_intents(ino, &extents, u64::MAX);
-                    self.bricks[s].disk.forget_intents(ino, &cleared);
-                }
-                self.bricks[s].disk.record_clean(true);
-                self.count("clean stop");
-                self.note(|| format!("b{s} stopped cleanly"));
-                let down = self.rng.between(50, 2000);
-                self.stop_brick(s, false, down);
-            }
-        }
-    }
-
-    fn serve_read(&mut self, s: usize, wire: Wire) {
-        let content = self.bricks[s].disk.content(wire.ino);
-        let answer = match wire.request.body {
-            Body::Read(_) => Answer::Bytes,
-            Body::Stat => Answer::Stat(Stat { size: content.size, blocks: 0, mtime_ns: 0 }),
-            _ => Answer::Seek(None),
-        };
-        self.answer(s, wire, answer, Some(content));
-    }
-
-    fn write_data(&mut self, s: usize, mut job: Job, from: usize) {
-        let ino = job.wire.ino;
-        let Some(op) = mutation_of(&job.wire.request) else { return };
-        if from == 0 {
-            self.mutation_accepted(s, &job.wire);
-        }
-        if self.bricks[s].full && self.rng.chance(700) {
-            job.applied = false;
-            job.answer = Answer::Failed { errno: ENOSPC, brick: false };
-            self.count("no space");
-            self.also_missed(s, &mut job);
-            self.record_missed(s, job);
-            return;
-        }
-        match job.wire.request.body {
-            Body::Mutate(_, Mutation::Write { offset, length }) => {
-                let blocks: Vec<usize> = self.geometry.blocks(ByteRange::at(offset, length)).collect();
-                let torn = self.rng.chance(300);
-                for (i, block) in blocks.iter().copied().enumerate().skip(from) {
-                    job.sized |= self.bricks[s].disk.write(ino, block, op.0);
-                    if torn && i + 1 < blocks.len() {
-                        let delay = self.disk_delay();
-                        self.later(s, delay, Step::Data(job, i + 1));
-                        return;
-                    }
-                }
-            }
-            Body::Mutate(_, Mutation::Truncate { size }) => job.sized = self.bricks[s].disk.set_size(ino, size),
-            _ => {}
-        }
-        self.note(|| format!("b{s} wrote {} of {ino:?}, sized={}", op.0, job.sized));
-        self.also_missed(s, &mut job);
-        self.record_missed(s, job);
-    }
-
-    fn also_missed(&mut self, s: usize, job: &mut Job) {
-        if let (Some(ticket), Purpose::Mutate { range }) = (job.ticket, job.purpose) {
-            let more = self.replica(s).also_missed(ticket, range, job.sized);
-            job.missed.extend(more);
-        }
-    }
-
-    fn write_pulled(&mut self, s: usize, mut job: Job, content: Content) {
-        let ino = job.wire.ino;
-        if let Body::Pull { range, size, from, doubt } = job.wire.request.body {
-            if size {
-                self.bricks[s].disk.set_size(ino, content.size);
-            }
-            let blocks: Vec<usize> = self.geometry.blocks(range).collect();
-            for block in blocks {
-                self.bricks[s].disk.write(ino, block, content.blocks[block]);
-            }
-            job.sized = size;
-            self.note(|| {
-                format!("b{s} pulled {ino:?} {range:?} size={size} from b{} doubt={doubt:?} {content:?}", from.0)
-            });
-        }
-        self.record_missed(s, job);
-    }
-
-    fn pull_failed(&mut self, s: usize, mut job: Job) {
-        job.applied = false;
-        job.answer = Answer::SourceFailed;
-        self.done(s, job);
-    }
-
-    // -- brick to brick ------------------------------------------------------------------------------------------------
-
-    fn say(&mut self, from: usize, to: usize, message: Peer) {
-        let generation = self.bricks[from].generation;
-        self.send(Node::Brick(from), Node::Brick(to), false, Happening::Peer { from, to, generation, message });
-    }
-
-    pub(super) fn peer(&mut self, from: usize, s: usize, message: Peer) {
-        match message {
-            Peer::Ask(number, wire) => {
-                let now = self.brick_now(s);
-                let stamp = Self::stamp(&wire);
-                let content = match self.replica(s).admit(wire.ino, &stamp, Purpose::Source, now) {
-                    Admission::Apply(ticket, _) => {
-                        self.replica(s).finish(ticket, Purpose::Source, false, true, now);
-                        Some(self.bricks[s].disk.content(wire.ino))
-                    }
-                    _ => None,
-                };
-                self.say(s, from, Peer::Data(number, content));
-            }
-            Peer::Data(number, content) => {
-                let Some(job) = self.bricks[s].pulls.remove(&number) else { return };
-                match content {
-                    Some(content) => {
-                        let delay = self.disk_delay();
-                        self.later(s, delay, Step::Pulled(job, content));
-                    }
-                    None => self.pull_failed(s, job),
-                }
-            }
-            Peer::AskLists(number, n) => {
-                let replica = self.replica(s);
-                let ready = replica.report().is_some_and(|r| r.n == n) && replica.state() == BrickState::InSync;
-                let lists = ready.then(|| Lists {
-                    intents: replica.intents(),
-                    missed: Slot::ALL
-                        .into_iter()
-                        .flat_map(|x| replica.missed(x).into_iter().map(move |(ino, set)| (x, ino, set)))
-                        .collect(),
-                });
-                self.say(s, from, Peer::Lists(number, lists));
-            }
-            Peer::Lists(number, lists) => self.listed(s, from, number, lists),
-        }
-    }
-
-    /// Makes the plan, or comes to the end of repair, whichever is due [S1], [S4].
-    fn plan(&mut self, s: usize) {
-        if self.bricks[s].task.is_some() {
-            return;
-        }
-        let replica = self.replica(s);
-        let (kind, n, from) = match (replica.plan_due(), replica.finish_due()) {
-            (Some((n, from)), _) => (TaskKind::Plan, n, from),
-            (None, Some((n, from))) => (TaskKind::Finish, n, from),
-            (None, None) => return,
-        };
-        let number = self.number();
-        self.bricks[s].task = Some(Task { number, kind, n, left: from, lists: Vec::new() });
-        self.later(s, 1000, Step::TaskLate(number));
-        for source in from.iter() {
-            self.say(s, source.index(), Peer::AskLists(number, n));
-        }
-        self.task_ready(s);
-    }
-
-    fn listed(&mut self, s: usize, from: usize, number: u64, lists: Option<Lists>) {
-        let Some(task) = self.bricks[s].task.as_mut().filter(|t| t.number == number) else { return };
-        match lists {
-            Some(lists) => {
-                task.left.remove(slot(from));
-                task.lists.push(lists);
-                self.task_ready(s);
-            }
-            None => self.bricks[s].task = None,
-        }
-    }
-
-    fn task_ready(&mut self, s: usize) {
-        let Some(task) = self.bricks[s].task.as_ref().filter(|t| t.left.is_empty()).cloned() else { return };
-        match task.kind {
-            TaskKind::Plan => {
-                let intents: Vec<_> = task.lists.into_iter().flat_map(|l| l.intents).collect();
-                let planned = self.replica(s).plan(task.n, &intents);
-                self.note(|| format!("b{s} plans under n={}: {planned} {intents:?}", task.n));
-                self.bricks[s].task = None;
-            }
-            TaskKind::Finish => {
-                let missed: Vec<_> = task.lists.into_iter().flat_map(|l| l.missed).collect();
-                if missed.iter().any(|(x, _, _)| x.index() == s) {
-                    self.bricks[s].task = None;
-                    return;
-                }
-                let all = missed.iter().flat_map(|(x, ino, set)| set.iter().map(move |r| (*x, *ino, r))).collect();
-                let delay = self.disk_delay();
-                self.later(s, delay, Step::TakenOver(task.n, all));
-                if let Some(task) = self.bricks[s].task.as_mut() {
-                    // It is not late from here on.
-                    task.number = 0;
-                }
-            }
-        }
-    }
-
-    // -- tidying -------------------------------------------------------------------------------------------------------
-
-    fn clear_intents(&mut self, s: usize) {
-        if self.bricks[s].clearing || !self.rng.chance(200) {
-            return;
-        }
-        let now = self.brick_now(s);
-        let files = self.replica(s).clearable_intents(now, INTENT_IDLE_MS);
-        if !files.is_empty() {
-            self.bricks[s].clearing = true;
-            let upto = self.bricks[s].disk.written();
-            let delay = self.disk_delay();
-            self.later(s, delay, Step::Clear(files, now, upto));
-        }
-    }
-
-    fn stop_cleanly(&mut self, s: usize) {
-        let Some(since) = self.bricks[s].stopping else { return };
-        let replica = self.replica(s);
-        replica.agree_to_out();
-        let ready = replica.state() == BrickState::Out && replica.is_drained();
-        if ready && !self.bricks[s].stop_flushing {
-            self.bricks[s].stop_flushing = true;
-            let upto = self.bricks[s].disk.written();
-            let delay = self.disk_delay();
-            self.later(s, delay, Step::Stop(upto));
-        } else if since + 5000 <= self.now && !self.bricks[s].stop_flushing {
-            // It cannot be spared: it ends all the same, uncleanly.
-            let down = self.rng.between(50, 2000);
-            self.stop_brick(s, false, down);
-        }
-    }
-
-    /// For [`Brick::slot`], so that a brick knows its place.
-    #[must_use]
-    pub fn place(&self, s: usize) -> usize {
-        self.bricks[s].slot
     }
 }

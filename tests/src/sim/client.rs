@@ -10,7 +10,7 @@ use mortar_proto::coordinator::{
 use mortar_proto::types::{BLOCK_BYTES, ByteRange, Epoch, Ino, SessionId};
 
 use super::disk::{BLOCKS, Content};
-use super::history::{Kind, Needs};
+use super::history::{Kind, Needs, SizeNeed};
 use super::leader::{FromLeader, ToLeader};
 use super::world::{Connection, Happening, JANITOR, Node, TIMEOUTS, Wire, World, mutation_of, slot};
 
@@ -36,7 +36,7 @@ enum What {
     Mutation,
     Read { first: usize, count: usize, needs: Needs },
     Flush(Vec<OpId>),
-    Stat,
+    Stat(SizeNeed),
 }
 
 /// A client.
@@ -46,10 +46,12 @@ pub struct Client {
     pub up: bool,
     /// Counts its starts.
     pub generation: u64,
-    session: Option<SessionId>,
+    /// Its session, as far as it knows.
+    pub session: Option<SessionId>,
     /// Sessions it has had.
     had: Vec<SessionId>,
-    configuration: Option<Configuration>,
+    /// The newest configuration that it knows.
+    pub configuration: Option<Configuration>,
     coordinators: BTreeMap<Ino, Coordinator>,
     /// The number of the connection to each brick; 0: none.
     pub links: [u64; 3],
@@ -122,7 +124,11 @@ impl World {
     pub(super) fn crash_client(&mut self, c: usize) {
         self.note(|| format!("c{c} crashes"));
         self.clients[c].up = false;
-        self.clients[c].links = [0; 3];
+        // What it had sent reaches one brick and not the other.
+        for number in std::mem::take(&mut self.clients[c].links) {
+            let until = self.now + self.rng.below(self.delay_ms * 2);
+            self.dead.insert(number, until);
+        }
         let lost = self.clients[c].pending.len() as u64;
         self.clients[c].pending.clear();
         self.submitted -= lost;
@@ -130,7 +136,7 @@ impl World {
         self.after(down, Happening::ClientStart(c));
     }
 
-    fn to_leader(&mut self, c: usize, message: ToLeader) {
+    fn tell_leader(&mut self, c: usize, message: ToLeader) {
         self.send(Node::Client(c), Node::Leader, false, Happening::ToLeader(message));
     }
 
@@ -140,7 +146,7 @@ impl World {
         if self.clients[c].next_keep_alive <= now {
             self.clients[c].next_keep_alive = now + 300;
             let session = self.clients[c].session;
-            self.to_leader(c, ToLeader::KeepAlive { client: c, generation, session });
+            self.tell_leader(c, ToLeader::KeepAlive { client: c, generation, session });
         }
         if self.clients[c].next_control <= now {
             self.clients[c].next_control = now + 400;
@@ -196,7 +202,9 @@ impl World {
         if !ready || self.winding_down || self.clients[c].pending.len() >= AT_ONCE {
             return;
         }
-        let ino = self.files[self.rng.index(self.files.len())];
+        let own = c % self.files.len();
+        let ino = if self.rng.chance(self.faults.sharing_permille) { self.rng.index(self.files.len()) } else { own };
+        let ino = self.files[ino];
         self.coordinator(c, ino);
         let op = OpId(self.number());
         let (operation, what) = match self.rng.below(100) {
@@ -223,7 +231,7 @@ impl World {
                 let ops = self.history.to_flush(generation, ino);
                 (Operation::Flush, What::Flush(ops))
             }
-            _ => (Operation::Stat, What::Stat),
+            _ => (Operation::Stat, What::Stat(self.history.size_need(ino))),
         };
         self.note(|| format!("c{c} submits {} {ino:?} {operation:?}", op.0));
         self.submitted += 1;
@@ -236,7 +244,12 @@ impl World {
         let now = self.now;
         let mut effects = Vec::new();
         let Some(coordinator) = self.clients[c].coordinators.get_mut(&ino) else { return };
+        let held = coordinator.is_holding();
         coordinator.handle(event, now, &mut effects);
+        let settled = !held && coordinator.is_holding();
+        if settled || effects.iter().any(|e| matches!(e, Effect::ReleaseLease { finished: true, .. })) {
+            self.check_settled(c, ino);
+        }
         for effect in effects {
             self.effect(c, ino, effect, content);
         }
@@ -273,8 +286,8 @@ impl World {
                     self.ask_leader(c, ino, Control::Release { session, epoch, finished });
                 }
             }
-            Effect::Suspect(slot, n) => self.to_leader(c, ToLeader::Suspect(slot, n)),
-            Effect::Refresh => self.to_leader(c, ToLeader::Refresh(c, generation)),
+            Effect::Suspect(slot, n) => self.tell_leader(c, ToLeader::Suspect(slot, n)),
+            Effect::Refresh => self.tell_leader(c, ToLeader::Refresh(c, generation)),
             Effect::WantPermit => {
                 let delay = self.rng.delay(20, 200);
                 self.after(delay, Happening::Permit(c, generation, ino));
@@ -298,15 +311,19 @@ impl World {
                     self.fail(|| format!("read {} completed without bytes", op.0));
                     return;
                 };
-                for b in first..first + count {
-                    let need = needs[b];
+                for (b, need) in needs.iter().copied().enumerate().skip(first).take(count) {
                     if let Err(why) = self.history.check(pending.ino, b, content.blocks[b], need) {
                         self.fail(|| format!("I2: read {} of c{c}: {why}", op.0));
                     }
                 }
             }
             (What::Flush(ops), Completion::Done) => self.history.flushed(&ops),
-            (What::Stat, Completion::Stat(_)) | (What::Flush(_), Completion::LeaseLost) => {}
+            (What::Stat(need), Completion::Stat(stat)) => {
+                if let Err(why) = self.history.check_size(pending.ino, stat.size, &need) {
+                    self.fail(|| format!("I2: stat {} of c{c}: {why}", op.0));
+                }
+            }
+            (What::Flush(_), Completion::LeaseLost) => {}
             (what, completion) => self.fail(|| format!("operation {} {what:?} ended in {completion:?}", op.0)),
         }
     }
@@ -342,12 +359,12 @@ impl World {
         match control {
             Control::Acquire => {
                 if let Some(session) = self.clients[c].session {
-                    self.to_leader(c, ToLeader::Acquire { client: c, generation, session, ino, number });
+                    self.tell_leader(c, ToLeader::Acquire { client: c, generation, session, ino, number });
                 }
             }
             Control::Release { session, epoch, finished } => {
                 let message = ToLeader::Release { client: c, generation, session, ino, number, epoch, finished };
-                self.to_leader(c, message);
+                self.tell_leader(c, message);
             }
         }
     }
@@ -362,7 +379,7 @@ impl World {
         true
     }
 
-    pub(super) fn from_leader(&mut self, message: FromLeader) {
+    pub(super) fn leader_says(&mut self, message: FromLeader) {
         match message {
             FromLeader::Beat { slot, generation, sent_ms, commit, agree } => {
                 if self.bricks[slot].runs(generation) && self.bricks[slot].paused_until <= self.now {

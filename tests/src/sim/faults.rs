@@ -6,7 +6,9 @@ use super::rng::Rng;
 use super::world::{CLIENTS, Happening, Node, World};
 
 /// Kinds of faults.
-const KINDS: usize = 13;
+const KINDS: usize = 14;
+/// The one that stands for several, shortly after each other.
+const CHAIN: usize = 13;
 
 /// A run's mix of faults.
 #[derive(Clone, Debug)]
@@ -15,6 +17,10 @@ pub struct Faults {
     every_ms: u64,
     /// The usual time between two operations of an application.
     pub gap_ms: u64,
+    /// How often something goes wrong just after a moment at which that is awkward.
+    pub tempt_permille: u64,
+    /// How often an application uses a file that is not its own.
+    pub sharing_permille: u64,
     /// Nothing more goes wrong after this.
     pub until_ms: u64,
 }
@@ -24,12 +30,71 @@ impl Faults {
     #[must_use]
     pub fn draw(rng: &mut Rng) -> Self {
         let weights = core::array::from_fn(|_| if rng.chance(450) { rng.between(1, 10) } else { 0 });
-        let gap_ms = rng.between(5, 150);
-        Self { weights, every_ms: rng.between(100, 2500), gap_ms, until_ms: 10_000 + rng.between(4, 16) * 1000 }
+        Self {
+            weights,
+            every_ms: rng.between(100, 2500),
+            gap_ms: rng.between(1, 100),
+            tempt_permille: [0, 0, 20, 60, 200][rng.index(5)],
+            sharing_permille: [0, 0, 5, 30, 1000][rng.index(5)],
+            until_ms: 10_000 + rng.between(4, 16) * 1000,
+        }
     }
 }
 
+/// Something that goes wrong in one place.
+#[derive(Clone, Copy, Debug)]
+pub enum Strike {
+    /// A client's process dies.
+    Crash(usize),
+    /// A brick's process dies.
+    Kill(usize),
+    /// A brick's server loses power.
+    Power(usize),
+    /// A brick and the leader cannot talk, so it is put out.
+    Isolate(usize),
+}
+
 impl World {
+    /// An awkward moment: sometimes a client and one of these bricks are struck shortly after it.
+    pub(super) fn tempt(&mut self, client: Option<usize>, bricks: &[usize]) {
+        if self.now >= self.faults.until_ms || !self.rng.chance(self.faults.tempt_permille) {
+            return;
+        }
+        self.count("tempted");
+        if let Some(client) = client {
+            let soon = self.rng.between(0, self.delay_ms * 3);
+            self.after(soon, Happening::Strike(Strike::Crash(client)));
+        }
+        if let Some(s) = (!bricks.is_empty()).then(|| bricks[self.rng.index(bricks.len())])
+            && (client.is_none() || self.rng.chance(700))
+        {
+            let soon = self.rng.delay(self.delay_ms * 6, 2500);
+            let strike = [Strike::Kill(s), Strike::Power(s), Strike::Isolate(s)][self.rng.index(3)];
+            self.after(soon, Happening::Strike(strike));
+        }
+    }
+
+    pub(super) fn strike(&mut self, strike: Strike) {
+        if self.now >= self.faults.until_ms {
+            return;
+        }
+        match strike {
+            Strike::Crash(c) => {
+                if self.clients[c].up {
+                    self.crash_client(c);
+                }
+            }
+            Strike::Kill(s) => self.kill(s, false),
+            Strike::Power(s) => self.kill(s, true),
+            Strike::Isolate(s) => {
+                let for_ms = self.rng.between(1200, 5000);
+                self.note(|| format!("b{s} and the leader are cut apart for {for_ms}"));
+                self.cut(Node::Brick(s), Node::Leader, for_ms);
+                self.cut(Node::Leader, Node::Brick(s), for_ms);
+            }
+        }
+    }
+
     pub(super) fn fault(&mut self) {
         if self.now >= self.faults.until_ms {
             return;
@@ -46,9 +111,38 @@ impl World {
             drawn = drawn.saturating_sub(*w);
             hit
         });
+        match kind.unwrap_or(0) {
+            CHAIN => {
+                self.count("chain");
+                let mut at = 0;
+                if self.rng.chance(500) {
+                    // A holder dies, its heir dies while it settles what was in doubt, and so does a brick.
+                    self.after(0, Happening::FaultOf(5));
+                    self.after(0, Happening::FaultOf(5));
+                    let heir = self.leader.session_ttl_ms + self.rng.below(800);
+                    for _ in 0..4 {
+                        let more = self.rng.below(300);
+                        self.after(heir + more, Happening::FaultOf(5));
+                    }
+                    at = heir;
+                }
+                for _ in 0..self.rng.between(2, 4) {
+                    at += self.rng.delay(600, 2500);
+                    let kind = [0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 10][self.rng.index(11)];
+                    self.after(at, Happening::FaultOf(kind));
+                }
+            }
+            kind => self.fault_of(kind),
+        }
+    }
+
+    pub(super) fn fault_of(&mut self, kind: usize) {
+        if self.now >= self.faults.until_ms {
+            return;
+        }
         let s = self.rng.index(3);
         let c = self.rng.index(CLIENTS);
-        match kind.unwrap_or(0) {
+        match kind {
             0 => self.kill(s, false),
             1 => self.kill(s, true),
             2 => {
@@ -72,7 +166,7 @@ impl World {
                 self.break_link(c, s);
             }
             5 => {
-                let c = if self.rng.chance(200) { CLIENTS } else { c };
+                let c = if self.rng.chance(250) { CLIENTS } else { c };
                 if self.clients[c].up {
                     self.count("client crash");
                     self.crash_client(c);

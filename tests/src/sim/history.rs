@@ -60,13 +60,25 @@ pub struct History {
     ops: BTreeMap<OpId, Written>,
     needs: BTreeMap<Ino, Needs>,
     flushed_needs: BTreeMap<Ino, Needs>,
+    /// A cold start has lost something, so sizes are not judged any more.
+    lossy: bool,
+}
+
+/// What a file's size must be at least, as far as was acknowledged.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SizeNeed {
+    /// The newest truncate that was acknowledged, and its size.
+    truncate: Key,
+    size: u64,
+    /// The furthest end of what was written since.
+    least: u64,
 }
 
 impl History {
     /// An empty history.
     #[must_use]
     pub fn new(geometry: Geometry) -> Self {
-        Self { geometry, ops: BTreeMap::new(), needs: BTreeMap::new(), flushed_needs: BTreeMap::new() }
+        Self { geometry, ops: BTreeMap::new(), needs: BTreeMap::new(), flushed_needs: BTreeMap::new(), lossy: false }
     }
     fn covers(&self, kind: Kind, block: usize) -> bool {
         match kind {
@@ -129,6 +141,7 @@ impl History {
     }
     /// A cold start took as source a brick that has lost power, with this disk: what was not flushed may be gone.
     pub fn cold_start(&mut self, n: ConfigNo, source: &Disk) {
+        self.lossy = true;
         let mut lost = Vec::new();
         for (op, o) in &self.ops {
             let Some(key) = o.key else { continue };
@@ -203,6 +216,47 @@ impl History {
             return Err(format!("block {block} of {ino:?} holds {value} of {key:?}, older than {:?}", need.any));
         }
         Ok(())
+    }
+    /// What the size must be at least, for a question that is asked now.
+    #[must_use]
+    pub fn size_need(&self, ino: Ino) -> SizeNeed {
+        let mut need = SizeNeed::default();
+        for o in self.ops.values().filter(|o| o.ino == ino && o.acknowledged) {
+            if let (Kind::Truncate { size }, Some(key)) = (o.kind, o.key)
+                && key > need.truncate
+            {
+                need = SizeNeed { truncate: key, size, least: size };
+            }
+        }
+        for o in self.ops.values().filter(|o| o.ino == ino && o.acknowledged && o.key > Some(need.truncate)) {
+            if let Kind::Write { first, count } = o.kind {
+                need.least = need.least.max(self.geometry.range(first + count - 1).end);
+            }
+        }
+        need
+    }
+    /// Is this size possible?
+    ///
+    /// # Errors
+    /// A sentence that says why not.
+    pub fn check_size(&self, ino: Ino, size: u64, need: &SizeNeed) -> Result<(), String> {
+        if self.lossy {
+            return Ok(());
+        }
+        let (mut least, mut most) = (need.least, need.size);
+        for o in self.ops.values().filter(|o| o.ino == ino && o.key > Some(need.truncate)) {
+            match o.kind {
+                Kind::Write { first, count } => most = most.max(self.geometry.range(first + count - 1).end),
+                Kind::Truncate { size } => {
+                    least = least.min(size);
+                    most = most.max(size);
+                }
+            }
+        }
+        if (least..=most).contains(&size) {
+            return Ok(());
+        }
+        Err(format!("{ino:?} has {size} bytes, which should be {least}..={most}"))
     }
     /// Checks a whole content.
     ///

@@ -12,9 +12,6 @@ use super::log::Log;
 use super::monitor::Monitor;
 use super::world::{CLIENTS, Happening, Node, TIMING, World};
 
-/// A session that is not heard for this long ends.
-const SESSION_TTL_MS: u64 = 2000;
-
 /// To the leader.
 #[derive(Clone, Debug)]
 pub enum ToLeader {
@@ -140,6 +137,8 @@ pub struct Leader {
     pub log: Log,
     /// What it knows of the bricks.
     pub monitor: Monitor,
+    /// A session that is not heard for this long ends.
+    pub session_ttl_ms: u64,
     /// It does nothing until then.
     pub paused_until: u64,
     /// Sessions: the client, its start, and when it was heard last.
@@ -155,6 +154,7 @@ impl Leader {
         Self {
             log: Log::new(files, incarnations, boots),
             monitor: Monitor::new(TIMING, now_ms),
+            session_ttl_ms: 2000,
             paused_until: 0,
             heard: BTreeMap::new(),
             waiting: BTreeMap::new(),
@@ -202,8 +202,9 @@ impl World {
             let Some(command) = self.leader.monitor.poll(&self.leader.log, now) else { break };
             self.commit(None, &command);
         }
+        let ttl = self.leader.session_ttl_ms;
         let gone: Vec<SessionId> =
-            self.leader.heard.iter().filter(|(_, h)| h.2 + SESSION_TTL_MS <= now).map(|(s, _)| *s).collect();
+            self.leader.heard.iter().filter(|(_, h)| h.2 + ttl <= now).map(|(s, _)| *s).collect();
         for session in gone {
             self.leader.heard.remove(&session);
             self.count("session lapsed");

@@ -161,7 +161,13 @@ impl Log {
                 }
                 let recover = lease.unsettled;
                 let previous = (lease.last != to && lease.last != SessionId(0)).then_some(lease.last);
-                *lease = Lease { epoch: lease.epoch.next(), holder: Some(to), last: to, unsettled: true };
+                *lease = Lease {
+                    epoch: lease.epoch.next(),
+                    holder: Some(to),
+                    last: to,
+                    recover: lease.unsettled,
+                    unsettled: true,
+                };
                 self.grants.entry(ino).or_default().push((lease.epoch.0, to));
                 effects.push(Effect::Leased { set: SET, ino, epoch: lease.epoch, holder: to });
                 Outcome::Lease { epoch: lease.epoch, recover, previous }

@@ -4,7 +4,8 @@
 //! | file | owns |
 //! | --- | --- |
 //! | `world` | the clock, the queue of what happens next, the network |
-//! | `brick`, `client`, `leader` | the shells around the machines |
+//! | `brick`, `serve`, `peers` | a brick's process around the replica |
+//! | `client`, `leader` | the other shells |
 //! | `log`, `monitor` | the metadata log and what its leader proposes |
 //! | `disk` | page cache and durable data, journal records |
 //! | `faults` | what goes wrong |
@@ -20,7 +21,9 @@ pub mod history;
 pub mod leader;
 pub mod log;
 pub mod monitor;
+pub mod peers;
 pub mod rng;
+pub mod serve;
 pub mod world;
 
 use std::collections::BTreeMap;

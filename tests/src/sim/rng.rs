@@ -18,7 +18,7 @@ impl Rng {
         }))
     }
     /// The next number.
-    pub fn next(&mut self) -> u64 {
+    pub fn draw(&mut self) -> u64 {
         let s = &mut self.0;
         let result = s[1].wrapping_mul(5).rotate_left(7).wrapping_mul(9);
         let t = s[1] << 17;
@@ -32,7 +32,7 @@ impl Rng {
     }
     /// A number below `bound`, which is not 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
+        self.draw() % bound
     }
     /// An index below `bound`.
     pub fn index(&mut self, bound: usize) -> usize {

@@ -10,7 +10,7 @@ use mortar_proto::{Configuration, Incarnation, Slot};
 use super::brick::{Brick, Peer, Step};
 use super::client::Client;
 use super::disk::{BLOCKS, Content, Geometry};
-use super::faults::Faults;
+use super::faults::{Faults, Strike};
 use super::history::History;
 use super::leader::{FromLeader, Leader, ToLeader};
 use super::rng::Rng;
@@ -123,6 +123,10 @@ pub enum Happening {
     LeaderTick,
     /// Something goes wrong.
     Fault,
+    /// A particular thing goes wrong.
+    FaultOf(usize),
+    /// Something goes wrong in one place.
+    Strike(Strike),
     /// A cut has lasted long enough for the connections to break.
     CutNoticed(Node, Node),
 }
@@ -150,6 +154,8 @@ pub struct World {
     /// What goes wrong.
     pub faults: Faults,
     cuts: Vec<(Node, Node, u64)>,
+    /// Connections whose client has died, and when the last byte of theirs arrives.
+    pub dead: BTreeMap<u64, u64>,
     /// The longest usual delay of a message.
     pub delay_ms: u64,
     /// The longest usual time of a disk.
@@ -179,12 +185,12 @@ impl World {
         let mut rng = Rng::new(seed);
         let boundary = if rng.chance(300) { EXTENT_BYTES } else { REGION_BYTES };
         let geometry = Geometry { base: boundary - (BLOCKS as u64 / 2) * BLOCK_BYTES };
-        let files: Vec<Ino> = (0..rng.between(1, 2)).map(|i| Ino(1000 + i)).collect();
+        let files: Vec<Ino> = (0..[1, 2, 2][rng.index(3)]).map(|i| Ino(1000 + i)).collect();
         let boots = [BootId(1), BootId(2), BootId(3)];
         let incarnations = [Incarnation(1), Incarnation(2), Incarnation(3)];
         let faults = Faults::draw(&mut rng);
-        let delay_ms = rng.between(2, 30);
-        let disk_ms = rng.between(1, 20);
+        let delay_ms = rng.between(2, 60);
+        let disk_ms = rng.between(1, 40);
         let mut world = Self {
             now: 10_000,
             queue: BTreeMap::new(),
@@ -197,6 +203,7 @@ impl World {
             files,
             faults,
             cuts: Vec::new(),
+            dead: BTreeMap::new(),
             delay_ms,
             disk_ms,
             counter: 1000,
@@ -209,7 +216,10 @@ impl World {
             seen: BTreeMap::new(),
             rng,
         };
+        world.leader.session_ttl_ms = world.rng.between(700, 2500);
         for slot in 0..3 {
+            // Together with the read lease that stays within the leader's margin.
+            world.bricks[slot].clock_permille = world.rng.between(960, 1040);
             world.after(0, Happening::Start(slot));
         }
         for client in 0..=CLIENTS {
@@ -304,6 +314,9 @@ impl World {
                     return;
                 }
                 let c = wire.connection;
+                if self.dead.get(&c.number).is_some_and(|until| *until <= self.now) {
+                    return;
+                }
                 if self.bricks[c.slot].is_up() && self.bricks[c.slot].accepted[c.client] == c.number {
                     self.note(|| {
                         format!(
@@ -391,7 +404,7 @@ impl World {
                     self.leader_gets(message);
                 }
             }
-            Happening::FromLeader(message) => self.from_leader(message),
+            Happening::FromLeader(message) => self.leader_says(message),
             Happening::LeaderTick => {
                 if self.leader.paused_until <= self.now {
                     self.leader_tick();
@@ -399,6 +412,8 @@ impl World {
                 self.after(50, Happening::LeaderTick);
             }
             Happening::Fault => self.fault(),
+            Happening::FaultOf(kind) => self.fault_of(kind),
+            Happening::Strike(strike) => self.strike(strike),
             Happening::CutNoticed(a, b) => {
                 if self.cut_until(a, b).is_some()
                     && let (Node::Client(c), Node::Brick(s)) | (Node::Brick(s), Node::Client(c)) = (a, b)
