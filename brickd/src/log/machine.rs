@@ -126,8 +126,9 @@ impl RaftStateMachine<Types> for Machine {
         *self.shared.state.write() = state;
         self.last = meta.last_log_id;
         self.membership = meta.last_membership.clone();
-        let _ = self.tell.send(Applied::Reset);
+        // The index first: whoever is told looks at it.
         self.shared.applied.send_replace(meta.last_log_id.map_or(0, |l| l.index));
+        let _ = self.tell.send(Applied::Reset);
         Ok(())
     }
 
