@@ -276,7 +276,7 @@ fn a_sparse_file_of_any_size_is_grown_and_cut_at_once() {
             let in_doubt: Vec<_> = reply.in_doubt.iter().map(|d| (d.start, d.end, d.sized)).collect();
             let first = (0, 1, false);
             let size = (0, 0, true);
-            let data = |end| (5 << 20, (5 << 20) + end, false);
+            let data = |end: u64| (5_u64 << 20, (5_u64 << 20) + end, false);
             assert_eq!(in_doubt, [data(4), size, first, size, first, data(4096), size]);
         }
         other => panic!("{other:?}"),
