@@ -355,7 +355,11 @@ impl<'a> Holder<'a> {
     }
 
     pub(super) fn ask(&mut self, slot: Slot, stamp: data::Stamp, what: &What, payload: &[u8]) -> Outcome {
-        let client = self.clients[slot.index()].get_or_insert_with(|| self.world.connect(slot, self.session));
+        let client = self.clients[slot.index()].get_or_insert_with(|| {
+            // A channel of its own: a session's connection ends the older one of the same channel [F3].
+            let hello = data::Hello { channel: self.ino.0 as u32, ..self.world.hello(slot, self.session) };
+            self.world.try_connect(&hello).unwrap()
+        });
         client.ask_until_ready(self.ino, stamp, what, payload).0
     }
 
