@@ -26,13 +26,13 @@ pure() {
 }
 step "the pure build of proto" pure
 step "programs" cargo build --workspace --bins
+# Always the whole workspace, so that nothing is compiled twice with other features.
 step "unit tests" tests --workspace --lib --bins
-step "the administrator's command" tests -p mortar-cli --test '*'
-step "the daemon" tests -p mortar-brickd --test '*'
-step "the mount's command line" tests -p mortar-mount --test '*'
-step "simulations" tests -p mortar-tests --test sim -- --nocapture
-step "cluster" tests -p mortar-tests --test cluster -- --test-threads=1
-step "mount" tests -p mortar-tests --test mount -- --test-threads=1
+step "command lines" tests --workspace --test local --test playground --test talk --test refusals
+step "what programs expect, on a local file system" tests --workspace --test scenarios
+step "simulations" tests --workspace --test sim -- --nocapture
+step "cluster" tests --workspace --test cluster -- --test-threads=1 --nocapture
+step "mount" tests --workspace --test mount -- --test-threads=1 --nocapture
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 deny() {
   "$tools/bin/cargo-deny" --all-features check licenses bans sources

@@ -68,21 +68,33 @@ impl Flags {
         };
         let state_dir = self.state_dir.or(filed.state_dir).context("no state directory: give --state-dir DIR")?;
         let listen = self.listen.or(filed.listen).context("no address to listen on: give --listen ADDR:PORT")?;
-        let listen: SocketAddr = listen
-            .parse()
-            .with_context(|| format!("{listen:?} is no address to listen on; write an IP address and a port, like 10.0.0.1:7440"))?;
+        let listen: SocketAddr = listen.parse().with_context(|| {
+            format!("{listen:?} is no address to listen on; write an IP address and a port, like 10.0.0.1:7440")
+        })?;
         let advertise = self.advertise.or(filed.advertise);
         if let Some(address) = &advertise
-            && !address.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
+            && !address
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
         {
             bail!("{address:?} cannot be advertised; write a host and a port, like s1.example.org:7440");
         }
         if advertise.is_none() && listen.ip().is_unspecified() {
-            bail!("{} is every address of this server, so others cannot be told one: give --advertise HOST:PORT", listen.ip());
+            bail!(
+                "{} is every address of this server, so others cannot be told one: give --advertise HOST:PORT",
+                listen.ip()
+            );
         }
         let log_level = self.log_level.or(filed.log_level).unwrap_or_else(|| "info".into());
-        EnvFilter::try_new(&log_level).with_context(|| format!("{log_level:?} is no log level; use error, warn, info, debug or trace"))?;
-        Ok(Config { state_dir, listen, advertise, log_level, log_json: self.log_json || filed.log_json.unwrap_or(false) })
+        EnvFilter::try_new(&log_level)
+            .with_context(|| format!("{log_level:?} is no log level; use error, warn, info, debug or trace"))?;
+        Ok(Config {
+            state_dir,
+            listen,
+            advertise,
+            log_level,
+            log_json: self.log_json || filed.log_json.unwrap_or(false),
+        })
     }
 }
 

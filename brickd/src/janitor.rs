@@ -43,7 +43,11 @@ pub fn start(log: Log, address: String) {
             let me = match &session {
                 Some(session) => Arc::clone(session),
                 None => {
-                    let options = MountOptions { servers: vec![address.clone()], volume: String::new(), client: format!("janitor on {address}") };
+                    let options = MountOptions {
+                        servers: vec![address.clone()],
+                        volume: String::new(),
+                        client: format!("janitor on {address}"),
+                    };
                     match Volume::mount(options).await {
                         Ok(volume) => session.insert(volume).clone(),
                         Err(e) => {
@@ -67,8 +71,8 @@ fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, SetId>, in_hand: &mut BTr
         })
     };
     in_hand.retain(|ino| {
-        let Some((id, lease)) = file(*ino) else { return false };
-        if me.is_repaired(id) && !(wanted.contains_key(ino) && !lease.unsettled) {
+        let Some((id, _)) = file(*ino) else { return false };
+        if me.is_repaired(id) {
             me.forget(id);
             return false;
         }

@@ -87,7 +87,12 @@ async fn run(config: &Config) -> anyhow::Result<End> {
     let temporary = dir.join("address.new");
     std::fs::write(&temporary, &address)?;
     std::fs::rename(&temporary, dir.join("address"))?;
-    tracing::info!(address, server = format!("{:x}", identity.server.0), cluster = format!("{:032x}", identity.cluster.0), "serving");
+    tracing::info!(
+        address,
+        server = format!("{:x}", identity.server.0),
+        cluster = format!("{:032x}", identity.cluster.0),
+        "serving"
+    );
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
 
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -110,7 +115,12 @@ async fn run(config: &Config) -> anyhow::Result<End> {
 
 fn lock(dir: &Path) -> anyhow::Result<File> {
     let path = dir.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path).with_context(|| format!("cannot open {}", path.display()))?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("cannot open {}", path.display()))?;
     if rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_err() {
         anyhow::bail!("the state directory {} is in use by another mortar-brickd; give each its own", dir.display());
     }

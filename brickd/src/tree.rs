@@ -91,8 +91,8 @@ impl Tree {
             let Some(Inode { node: Node::Directory(directory), .. }) = state.inodes.get(&ino) else { continue };
             for found in fs::read_dir(&path)? {
                 let name = found?.file_name();
-                let known = directory.entries.contains_key(name.as_bytes());
-                if !known && !(path == self.root && name == OWN) {
+                let ours = path == self.root && name == OWN;
+                if !ours && !directory.entries.contains_key(name.as_bytes()) {
                     remove(&path.join(&name))?;
                 }
             }
@@ -109,7 +109,8 @@ impl Tree {
     }
 
     fn path(&self, parent: Ino, name: &[u8]) -> io::Result<PathBuf> {
-        let parent = self.directories.get(&parent).ok_or_else(|| io::Error::other("a directory is not where it should be"))?;
+        let parent =
+            self.directories.get(&parent).ok_or_else(|| io::Error::other("a directory is not where it should be"))?;
         Ok(parent.join(OsString::from(OsStr::from_bytes(name))))
     }
 
@@ -134,7 +135,9 @@ impl Tree {
                 }
                 self.objects.ensure(ino).map_err(io::Error::other)?;
                 let object = self.objects.data_path(ino);
-                let same = there.as_ref().is_some_and(|t| fs::metadata(&object).is_ok_and(|o| o.ino() == t.ino() && o.dev() == t.dev()));
+                let same = there
+                    .as_ref()
+                    .is_some_and(|t| fs::metadata(&object).is_ok_and(|o| o.ino() == t.ino() && o.dev() == t.dev()));
                 if !same {
                     if there.is_some() {
                         remove(path)?;
@@ -164,7 +167,13 @@ impl Tree {
                 let _ = format;
                 if !there.is_some_and(|t| t.file_type().is_fifo()) {
                     remove(path)?;
-                    rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::Fifo, rustix::fs::Mode::from_raw_mode(0o600), 0)?;
+                    rustix::fs::mknodat(
+                        rustix::fs::CWD,
+                        path,
+                        rustix::fs::FileType::Fifo,
+                        rustix::fs::Mode::from_raw_mode(0o600),
+                        0,
+                    )?;
                 }
                 Ok(())
             }

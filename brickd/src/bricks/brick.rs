@@ -15,8 +15,8 @@ use mortar_proto::metadata::{Registration, TreeChange};
 use mortar_proto::replica::{Recorded, Replica};
 use mortar_proto::wire::{cluster, id_bytes, peer};
 use mortar_proto::{
-    BootId, BrickId, ByteRange, ClusterId, EXTENT_BYTES, Epoch, Incarnation, Ino, LogIndex, REGION_BYTES, SIZE_REGION, SessionId,
-    SetId, VolumeId,
+    BootId, BrickId, ByteRange, ClusterId, EXTENT_BYTES, Epoch, Incarnation, Ino, LogIndex, REGION_BYTES, SIZE_REGION,
+    SessionId, SetId, VolumeId,
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
@@ -83,7 +83,13 @@ fn pool(name: &str, threads: usize) -> std::io::Result<Sender<Job>> {
 
 impl Brick {
     /// Opens the brick; after an unclean stop makes the sums of what was being written anew first `[S3]`.
-    pub(super) fn open(id: BrickId, row: &state::Brick, state: &State, log: Log, boot: BootId) -> anyhow::Result<Arc<Self>> {
+    pub(super) fn open(
+        id: BrickId,
+        row: &state::Brick,
+        state: &State,
+        log: Log,
+        boot: BootId,
+    ) -> anyhow::Result<Arc<Self>> {
         let volume = state.volumes.get(&row.volume);
         let name = volume.map_or("", |v| v.name.as_str());
         let cluster = log.identity().cluster;
@@ -102,7 +108,8 @@ impl Brick {
                 objects.recompute_sums(*ino, ByteRange::at(start, EXTENT_BYTES))?;
             }
         }
-        let missed = loaded.missed.into_iter().filter_map(|(x, ino, regions)| Some((configuration.slot_of(x)?, ino, regions)));
+        let missed =
+            loaded.missed.into_iter().filter_map(|(x, ino, regions)| Some((configuration.slot_of(x)?, ino, regions)));
         let recorded = Recorded { intents: loaded.intents, missed: missed.collect() };
         let mut random = [0_u8; 8];
         getrandom::fill(&mut random).map_err(|e| anyhow::anyhow!("no random numbers: {e}"))?;
@@ -169,7 +176,9 @@ impl Brick {
         let before = replica.state();
         let entered = replica.configured(configuration, cold_start);
         // [E6] Durable before anything is answered or reported under this configuration: the lock is kept.
-        let records = entered.into_iter().filter_map(|(x, ino, regions)| Some(Record::Missed(self.brick_in(&configuration, x)?, ino, regions)));
+        let records = entered
+            .into_iter()
+            .filter_map(|(x, ino, regions)| Some(Record::Missed(self.brick_in(&configuration, x)?, ino, regions)));
         if let Err(e) = self.journal.add(records.collect()) {
             drop(replica);
             return self.fail(&format!("the journal cannot be written: {e}"));
@@ -394,9 +403,16 @@ impl Brick {
             let bytes = regions
                 .iter()
                 .filter(|r| r.start < SIZE_REGION)
-                .map(|r| r.end.saturating_mul(REGION_BYTES).min(size).saturating_sub(r.start.saturating_mul(REGION_BYTES)))
+                .map(|r| {
+                    r.end.saturating_mul(REGION_BYTES).min(size).saturating_sub(r.start.saturating_mul(REGION_BYTES))
+                })
                 .sum();
-            cluster::FileMissed { ino: ino.0, regions: regions.len() - u64::from(size_missed), bytes, size: size_missed }
+            cluster::FileMissed {
+                ino: ino.0,
+                regions: regions.len() - u64::from(size_missed),
+                bytes,
+                size: size_missed,
+            }
         };
         let missed = lists
             .into_iter()

@@ -104,7 +104,9 @@ impl Bricks {
                     self.open_bricks(state);
                     self.of_set(set, |brick| brick.configured(configuration, cold_start));
                 }
-                Effect::Leased { set, ino, epoch, holder } => self.of_set(set, |brick| brick.leased(ino, epoch, holder)),
+                Effect::Leased { set, ino, epoch, holder } => {
+                    self.of_set(set, |brick| brick.leased(ino, epoch, holder))
+                }
                 Effect::Reclaimed { set, ino } => self.of_set(set, |brick| brick.reclaim(ino)),
                 Effect::Named { volume, change } => {
                     self.each(|brick| {

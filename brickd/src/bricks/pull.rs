@@ -56,7 +56,13 @@ impl Brick {
     ///
     /// # Errors
     /// When it cannot be reached or does not answer in time.
-    pub(super) fn ask_peer(&self, slot: Slot, ino: Ino, stamp: &Stamp, what: What) -> anyhow::Result<(Option<Outcome>, Vec<u8>)> {
+    pub(super) fn ask_peer(
+        &self,
+        slot: Slot,
+        ino: Ino,
+        stamp: &Stamp,
+        what: What,
+    ) -> anyhow::Result<(Option<Outcome>, Vec<u8>)> {
         let id = Self::brick_of(&self.replica.lock(), slot).context("no configuration yet")?;
         let idle = self.peers.0.lock().entry(id).or_default().pop();
         let mut peer = match idle {
@@ -145,7 +151,9 @@ pub(super) fn pull(brick: &Brick, ino: Ino, stamp: &Stamp, pull: &data::Pull) ->
     let their_sum = |block: usize| if at(block) < theirs.size { sum(&theirs.sums, block) } else { checksum::HOLE };
     // A block that one of the two files ends in has equal sums but maybe another length: it is fetched.
     let differs = |block: usize| {
-        let last = at(block) < theirs.size && at(block) + BLOCK_BYTES > theirs.size.min(own_size) && their_sum(block) != checksum::HOLE;
+        let last = at(block) < theirs.size
+            && at(block) + BLOCK_BYTES > theirs.size.min(own_size)
+            && their_sum(block) != checksum::HOLE;
         their_sum(block) != sum(&own, block) || last
     };
     let mut block = 0;

@@ -47,7 +47,9 @@ pub(super) fn take(
 ) -> Option<(data::Response, Vec<u8>)> {
     let id = request.id;
     let respond = |(outcome, payload): Answer| Some((data::Response { id, outcome: Some(outcome) }, payload));
-    let Some(what) = request.what else { return respond(failed(libc::EINVAL, "a request that asks for nothing", false)) };
+    let Some(what) = request.what else {
+        return respond(failed(libc::EINVAL, "a request that asks for nothing", false));
+    };
     let ino = Ino(request.ino);
     let wire = request.stamp.unwrap_or_default();
     let stamp = Stamp {
@@ -76,7 +78,8 @@ pub(super) fn take(
                     return respond(write_now(brick, ino, ticket, write, payload));
                 }
                 Admission::Apply(ticket, due) => {
-                    let (brick, answers, write, payload) = (Arc::clone(brick), Arc::clone(answers), write.clone(), payload.to_vec());
+                    let (brick, answers, write, payload) =
+                        (Arc::clone(brick), Arc::clone(answers), write.clone(), payload.to_vec());
                     let job = {
                         let brick = Arc::clone(&brick);
                         move || {
@@ -112,9 +115,10 @@ pub(super) fn take(
                 return respond(behind());
             }
             return respond(match brick.objects.stat(ino) {
-                Ok(s) => {
-                    (Outcome::Stat(data::StatReply { size: s.size, blocks: s.blocks, mtime_ns: s.mtime_ns }), Vec::new())
-                }
+                Ok(s) => (
+                    Outcome::Stat(data::StatReply { size: s.size, blocks: s.blocks, mtime_ns: s.mtime_ns }),
+                    Vec::new(),
+                ),
                 Err(e) => store_failed(brick, &e),
             });
         }
@@ -128,7 +132,9 @@ pub(super) fn take(
     let job = {
         let (brick, answers, payload) = (Arc::clone(brick), Arc::clone(answers), payload.to_vec());
         move || {
-            let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&brick, ino, &stamp, &what, &payload, from)));
+            let ran = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                run(&brick, ino, &stamp, &what, &payload, from)
+            }));
             let answer = ran.unwrap_or_else(|_| {
                 brick.fail("a mistake of mortar-brickd's own; its log says where");
                 failed(libc::EIO, "a mistake of mortar-brickd's own", true)
@@ -147,11 +153,15 @@ fn refuse(brick: &Brick, ino: Ino, what: &What, payload: &[u8]) -> Option<Answer
         What::Write(w) if payload.is_empty() || payload.len() as u64 > MAX_IO_BYTES => {
             failed(libc::EINVAL, format!("a write of {} bytes at {}", payload.len(), w.offset), false)
         }
-        What::Write(w) if !fits(w.offset, payload.len() as u64) => failed(libc::EFBIG, "beyond what a file can have", false),
+        What::Write(w) if !fits(w.offset, payload.len() as u64) => {
+            failed(libc::EFBIG, "beyond what a file can have", false)
+        }
         What::Truncate(t) if t.size > MAX_FILE_BYTES => failed(libc::EFBIG, "beyond what a file can have", false),
         What::Allocate(a) if a.length == 0 => failed(libc::EINVAL, "an allocation of nothing", false),
         What::Allocate(a) if !fits(a.offset, a.length) => failed(libc::EFBIG, "beyond what a file can have", false),
-        What::Allocate(a) if !Objects::takes_mode(a.mode) => failed(libc::EOPNOTSUPP, "not a mode of fallocate that is served", false),
+        What::Allocate(a) if !Objects::takes_mode(a.mode) => {
+            failed(libc::EOPNOTSUPP, "not a mode of fallocate that is served", false)
+        }
         What::Read(r) if u64::from(r.length) > MAX_IO_BYTES + 2 * BLOCK_BYTES => {
             failed(libc::EINVAL, "a read of more than is served at once", false)
         }
@@ -165,7 +175,9 @@ fn refuse(brick: &Brick, ino: Ino, what: &What, payload: &[u8]) -> Option<Answer
         What::RepairList(r) if r.slot > 2 => failed(libc::EINVAL, "no such slot", false),
         What::MissedList(m) if m.slot > 2 => failed(libc::EINVAL, "no such slot", false),
         What::Note(n) if n.start > n.end => failed(libc::EINVAL, "a range that ends before it begins", false),
-        What::Write(w) if brick.is_low.load(Ordering::Relaxed) && needs_room(brick, ino, w.offset, payload.len() as u64) => {
+        What::Write(w)
+            if brick.is_low.load(Ordering::Relaxed) && needs_room(brick, ino, w.offset, payload.len() as u64) =>
+        {
             failed(libc::ENOSPC, "the brick has less room than its reserve", false)
         }
         What::Allocate(a) if brick.is_low.load(Ordering::Relaxed) && a.mode & 2 == 0 => {
@@ -178,9 +190,10 @@ fn refuse(brick: &Brick, ino: Ino, what: &What, payload: &[u8]) -> Option<Answer
 
 /// A write to blocks that were never written.
 fn needs_room(brick: &Brick, ino: Ino, offset: u64, length: u64) -> bool {
-    brick.objects.sums(ino, ByteRange::at(offset, length)).is_ok_and(|(sums, _)| {
-        sums.chunks_exact(8).any(|s| s.try_into().is_ok_and(|s| u64::from_le_bytes(s) == HOLE))
-    })
+    brick
+        .objects
+        .sums(ino, ByteRange::at(offset, length))
+        .is_ok_and(|(sums, _)| sums.chunks_exact(8).any(|s| s.try_into().is_ok_and(|s| u64::from_le_bytes(s) == HOLE)))
 }
 
 fn refused(refusal: Refusal) -> Answer {
@@ -208,7 +221,10 @@ fn make_durable(brick: &Brick, ino: Ino, due: &Bookkeeping, intents: bool) -> Re
     if !due.missed.is_empty() {
         let records: Vec<Record> = {
             let replica = brick.replica.lock();
-            due.missed.iter().filter_map(|(x, r)| Some(Record::Missed(Brick::brick_of(&replica, *x)?, ino, r.clone()))).collect()
+            due.missed
+                .iter()
+                .filter_map(|(x, r)| Some(Record::Missed(Brick::brick_of(&replica, *x)?, ino, r.clone())))
+                .collect()
         };
         brick.journal.add(records).map_err(broken)?;
         let mut replica = brick.replica.lock();
@@ -225,7 +241,14 @@ fn finish(brick: &Brick, ticket: Ticket, purpose: Purpose, sized: bool, applied:
 }
 
 /// After the data was changed: what others miss by it, then it is finished.
-fn conclude(brick: &Brick, ino: Ino, ticket: Ticket, purpose: Purpose, touched: ByteRange, changed: Result<Changed, StoreError>) -> Answer {
+fn conclude(
+    brick: &Brick,
+    ino: Ino,
+    ticket: Ticket,
+    purpose: Purpose,
+    touched: ByteRange,
+    changed: Result<Changed, StoreError>,
+) -> Answer {
     match changed {
         Ok(changed) => {
             let missed = brick.replica.lock().also_missed(ticket, touched, changed.sized());
@@ -307,13 +330,19 @@ fn list_for_peer(brick: &Brick, stamp: &Stamp, what: &What) -> Answer {
             replica
                 .missed(*x)
                 .into_iter()
-                .map(|(ino, regions)| data::FileRegions { ino: ino.0, bounds: regions.iter().flat_map(|r| [r.start, r.end]).collect() })
+                .map(|(ino, regions)| data::FileRegions {
+                    ino: ino.0,
+                    bounds: regions.iter().flat_map(|r| [r.start, r.end]).collect(),
+                })
                 .collect()
         }
         _ => replica
             .intents()
             .into_iter()
-            .map(|(ino, extents)| data::FileRegions { ino: ino.0, bounds: extents.into_iter().flat_map(|e| [e, e + 1]).collect() })
+            .map(|(ino, extents)| data::FileRegions {
+                ino: ino.0,
+                bounds: extents.into_iter().flat_map(|e| [e, e + 1]).collect(),
+            })
             .collect(),
     };
     (Outcome::List(data::ListReply { files }), Vec::new())
@@ -409,7 +438,13 @@ fn ask(brick: &Brick, ino: Ino, what: &What) -> Answer {
                 .lock()
                 .in_doubt(ino)
                 .into_iter()
-                .map(|d| data::Doubt { epoch: d.epoch.0, seq: d.seq.0, start: d.range.start, end: d.range.end, sized: d.sized })
+                .map(|d| data::Doubt {
+                    epoch: d.epoch.0,
+                    seq: d.seq.0,
+                    start: d.range.start,
+                    end: d.range.end,
+                    sized: d.sized,
+                })
                 .collect();
             match brick.objects.stat(ino) {
                 Ok(stat) => {
@@ -441,7 +476,10 @@ fn ask(brick: &Brick, ino: Ino, what: &What) -> Answer {
             match brick.replica.lock().repair_list(*x, ino) {
                 Some(regions) => {
                     let bounds = regions.iter().take(MAX_LISTED).flat_map(|r| [r.start, r.end]).collect();
-                    (Outcome::List(data::ListReply { files: vec![data::FileRegions { ino: ino.0, bounds }] }), Vec::new())
+                    (
+                        Outcome::List(data::ListReply { files: vec![data::FileRegions { ino: ino.0, bounds }] }),
+                        Vec::new(),
+                    )
                 }
                 None => behind(),
             }

@@ -94,7 +94,12 @@ fn plan(brick: &Brick, n: ConfigNo, sources: Slots) {
             let intents: Vec<(Ino, Vec<u64>)> = list
                 .files
                 .iter()
-                .map(|f| (Ino(f.ino), f.bounds.chunks_exact(2).flat_map(|b| b[0]..b[1].min(b[0].saturating_add(1 << 40))).collect()))
+                .map(|f| {
+                    (
+                        Ino(f.ino),
+                        f.bounds.chunks_exact(2).flat_map(|b| b[0]..b[1].min(b[0].saturating_add(1 << 40))).collect(),
+                    )
+                })
                 .collect();
             brick.replica.lock().plan(n, &intents);
             return;
@@ -109,7 +114,8 @@ fn finish(brick: &Brick, n: ConfigNo, in_sync: Slots) {
             if x == slot {
                 continue;
             }
-            let asked = brick.ask_peer(slot, Ino(0), &stamp(n), What::MissedList(data::MissedList { slot: u32::from(x.0) }));
+            let asked =
+                brick.ask_peer(slot, Ino(0), &stamp(n), What::MissedList(data::MissedList { slot: u32::from(x.0) }));
             let Ok((Some(Outcome::List(list)), _)) = asked else { return };
             if x == brick.slot {
                 if !list.files.is_empty() {

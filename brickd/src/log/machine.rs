@@ -7,8 +7,8 @@ use mortar_proto::metadata::{Outcome, State};
 use mortar_proto::{LogIndex, ServerId};
 use openraft::storage::RaftStateMachine;
 use openraft::{
-    BasicNode, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageError, StorageIOError,
-    StoredMembership,
+    BasicNode, EntryPayload, LogId, OptionalSend, RaftSnapshotBuilder, Snapshot, SnapshotMeta, StorageError,
+    StorageIOError, StoredMembership,
 };
 use parking_lot::RwLock;
 use tokio::sync::{mpsc, watch};
@@ -65,7 +65,9 @@ impl RaftSnapshotBuilder<Types> for Builder {
 impl RaftStateMachine<Types> for Machine {
     type SnapshotBuilder = Builder;
 
-    async fn applied_state(&mut self) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>), StorageError<u64>> {
+    async fn applied_state(
+        &mut self,
+    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, BasicNode>), StorageError<u64>> {
         Ok((self.last, self.membership.clone()))
     }
 

@@ -103,7 +103,8 @@ impl Log {
         };
         let config = Arc::new(config.validate().context("the metadata log's times")?);
         let network = network::Network::new(Arc::clone(&shared));
-        let raft = Raft::new(identity.server.0, config, network, logs, machine).await.context("starting the metadata log")?;
+        let raft =
+            Raft::new(identity.server.0, config, network, logs, machine).await.context("starting the metadata log")?;
         if !identity.absorbed && !raft.is_initialized().await? {
             let me = BTreeMap::from([(identity.server.0, BasicNode::new(address))]);
             raft.initialize(me).await.context("founding a cluster of one")?;
@@ -236,9 +237,14 @@ impl Log {
     /// # Errors
     /// When this server does not lead, or there is no quorum.
     pub async fn remove_member(&self, server: ServerId) -> anyhow::Result<()> {
-        for change in [ChangeMembers::RemoveVoters(BTreeSet::from([server.0])), ChangeMembers::RemoveNodes(BTreeSet::from([server.0]))] {
+        for change in [
+            ChangeMembers::RemoveVoters(BTreeSet::from([server.0])),
+            ChangeMembers::RemoveNodes(BTreeSet::from([server.0])),
+        ] {
             let change = self.raft.change_membership(change, false);
-            tokio::time::timeout(PROPOSE_TIMEOUT, change).await.context("the metadata log has no quorum just now")??;
+            tokio::time::timeout(PROPOSE_TIMEOUT, change)
+                .await
+                .context("the metadata log has no quorum just now")??;
         }
         Ok(())
     }
@@ -248,13 +254,17 @@ impl Log {
         let candidate = {
             let metrics = self.raft.metrics();
             let metrics = metrics.borrow();
-            let Some(replication) = metrics.replication.as_ref().filter(|_| metrics.state == ServerState::Leader) else { return };
+            let Some(replication) = metrics.replication.as_ref().filter(|_| metrics.state == ServerState::Leader)
+            else {
+                return;
+            };
             let membership = metrics.membership_config.membership();
             if membership.voter_ids().count() >= MAX_VOTERS {
                 return;
             }
             let last = metrics.last_log_index.unwrap_or(0);
-            let caught_up = |id: &u64| replication.get(id).and_then(|l| l.as_ref()).is_some_and(|l| l.index + 200 >= last);
+            let caught_up =
+                |id: &u64| replication.get(id).and_then(|l| l.as_ref()).is_some_and(|l| l.index + 200 >= last);
             membership.learner_ids().find(caught_up)
         };
         if let Some(id) = candidate {
@@ -287,7 +297,11 @@ impl Log {
 }
 
 /// One round of confirmation serves all who asked before it began.
-async fn confirm_in_batches(raft: Raft<Types>, mut asked: mpsc::UnboundedReceiver<Confirmation>, shared: Arc<machine::Shared>) {
+async fn confirm_in_batches(
+    raft: Raft<Types>,
+    mut asked: mpsc::UnboundedReceiver<Confirmation>,
+    shared: Arc<machine::Shared>,
+) {
     while let Some(first) = asked.recv().await {
         let mut batch = vec![first];
         while let Ok(more) = asked.try_recv() {

@@ -69,7 +69,9 @@ impl Peer {
             self.channels.insert(address.clone(), endpoint.connect_lazy());
         }
         let channel = self.channels.get(&address).cloned().ok_or_else(|| tonic::Status::internal("no channel"))?;
-        Ok(PeerClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES))
+        Ok(PeerClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES))
     }
 }
 
@@ -81,7 +83,8 @@ async fn call<T: serde::de::DeserializeOwned>(
     ttl: Duration,
     ask: impl Future<Output = Result<tonic::Response<Blob>, tonic::Status>>,
 ) -> Result<T, tonic::Status> {
-    let reply = tokio::time::timeout(ttl, ask).await.map_err(|_| tonic::Status::deadline_exceeded("no answer in time"))??;
+    let reply =
+        tokio::time::timeout(ttl, ask).await.map_err(|_| tonic::Status::deadline_exceeded("no answer in time"))??;
     decode(&reply.into_inner().body).map_err(|e| tonic::Status::internal(format!("the answer does not decode: {e}")))
 }
 
@@ -119,10 +122,14 @@ impl RaftNetwork<Types> for Peer {
         let mut client = self.client().map_err(|e| StreamingError::Unreachable(unreachable(&e)))?;
         let message: SnapshotMessage = (vote, snapshot.meta, snapshot.snapshot.into_inner());
         let body = Bytes::from(encode(&message));
-        let chunks: Vec<Blob> =
-            (0..body.len()).step_by(CHUNK_BYTES).map(|at| Blob { body: body.slice(at..body.len().min(at + CHUNK_BYTES)) }).collect();
+        let chunks: Vec<Blob> = (0..body.len())
+            .step_by(CHUNK_BYTES)
+            .map(|at| Blob { body: body.slice(at..body.len().min(at + CHUNK_BYTES)) })
+            .collect();
         let ttl = option.hard_ttl().max(Duration::from_secs(30));
-        call(ttl, client.snapshot(tokio_stream::iter(chunks))).await.map_err(|e| StreamingError::Unreachable(unreachable(&e)))
+        call(ttl, client.snapshot(tokio_stream::iter(chunks)))
+            .await
+            .map_err(|e| StreamingError::Unreachable(unreachable(&e)))
     }
 
     fn backoff(&self) -> Backoff {

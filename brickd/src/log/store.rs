@@ -30,6 +30,9 @@ const PURGED: &[u8] = b"purged";
 const SNAPSHOT_META: &[u8] = b"snapshot-meta";
 const SNAPSHOT: &[u8] = b"snapshot";
 
+/// A snapshot as it is kept.
+type Stored = (SnapshotMeta<u64, BasicNode>, Vec<u8>);
+
 /// The database, and how far the log in it is durable.
 #[derive(Clone)]
 pub(super) struct Db(Arc<Inner>);
@@ -52,7 +55,8 @@ pub(super) fn open(dir: &Path) -> anyhow::Result<Db> {
     options.set_write_buffer_size(16 << 20);
     // A log of fixed files needs no metadata commit of the file system with each sync.
     options.set_recycle_log_file_num(2);
-    let db = DB::open_cf(&options, dir, [LOG, META]).with_context(|| format!("cannot open the metadata log in {}", dir.display()))?;
+    let db = DB::open_cf(&options, dir, [LOG, META])
+        .with_context(|| format!("cannot open the metadata log in {}", dir.display()))?;
     let (flush, asked) = mpsc::unbounded_channel();
     let db = Db(Arc::new(Inner { db, durable: AtomicU64::new(0), syncing: Mutex::new(()), flush }));
     // What was found at the start is durable.
@@ -74,7 +78,10 @@ fn sync_in_batches(db: &std::sync::Weak<Inner>, mut asked: mpsc::UnboundedReceiv
         let upto = batch.iter().map(|(index, _)| *index).max().unwrap_or(0);
         let synced = Db(inner).ensure_durable(upto);
         for (_, callback) in batch {
-            callback.log_io_completed(synced.as_ref().map(|()| ()).map_err(|e| std::io::Error::other(e.to_string())));
+            callback.log_io_completed(match &synced {
+                Ok(()) => Ok(()),
+                Err(e) => Err(std::io::Error::other(e.to_string())),
+            });
         }
     }
 }
@@ -147,7 +154,7 @@ impl Db {
         Ok(self.0.db.write_opt(batch, &options)?)
     }
 
-    pub(super) fn load_snapshot(&self) -> anyhow::Result<Option<(SnapshotMeta<u64, BasicNode>, Vec<u8>)>> {
+    pub(super) fn load_snapshot(&self) -> anyhow::Result<Option<Stored>> {
         let Some(meta) = self.get(SNAPSHOT_META)? else { return Ok(None) };
         let data = self.0.db.get_cf(self.cf(META)?, SNAPSHOT)?.context("the metadata log's snapshot is missing")?;
         Ok(Some((meta, data)))
@@ -216,7 +223,9 @@ impl RaftLogStorage<Types> for Logs {
     }
 
     async fn save_vote(&mut self, vote: &Vote<u64>) -> Result<(), StorageError<u64>> {
-        self.0.put(VOTE, vote, true).map_err(|e| StorageIOError::write_vote(&std::io::Error::other(e.to_string())).into())
+        self.0
+            .put(VOTE, vote, true)
+            .map_err(|e| StorageIOError::write_vote(&std::io::Error::other(e.to_string())).into())
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote<u64>>, StorageError<u64>> {
@@ -264,7 +273,11 @@ impl RaftLogStorage<Types> for Logs {
     async fn purge(&mut self, log_id: LogId<u64>) -> Result<(), StorageError<u64>> {
         let mut batch = WriteBatch::default();
         batch.put_cf(self.0.cf(META).map_err(write_error)?, PURGED, encode(&log_id));
-        batch.delete_range_cf(self.0.cf(LOG).map_err(write_error)?, 0_u64.to_be_bytes(), (log_id.index + 1).to_be_bytes());
+        batch.delete_range_cf(
+            self.0.cf(LOG).map_err(write_error)?,
+            0_u64.to_be_bytes(),
+            (log_id.index + 1).to_be_bytes(),
+        );
         self.0.0.db.write(batch).map_err(write_error)
     }
 }

@@ -22,11 +22,16 @@ pub(super) fn check(path: &str, force: bool) -> Result<(), String> {
         return Err(format!("brick path {path:?} has .. in it; write it without"));
     }
     if let Some(volume) = is_brick(brick) {
-        return Err(format!("{path} is a brick of volume {volume} already; use an empty directory, or remove it there and empty it first"));
+        return Err(format!(
+            "{path} is a brick of volume {volume} already; use an empty directory, or remove it there and empty it first"
+        ));
     }
     for above in brick.ancestors().skip(1) {
         if let Some(volume) = is_brick(above) {
-            return Err(format!("{path} lies inside {}, which is a brick of volume {volume}; use a directory outside it", above.display()));
+            return Err(format!(
+                "{path} lies inside {}, which is a brick of volume {volume}; use a directory outside it",
+                above.display()
+            ));
         }
     }
     let existing = if brick.exists() {
@@ -34,7 +39,11 @@ pub(super) fn check(path: &str, force: bool) -> Result<(), String> {
     } else {
         match brick.parent() {
             Some(parent) if parent.is_dir() => parent,
-            _ => return Err(format!("neither {path} nor the directory above it exists; make the file system's directory first")),
+            _ => {
+                return Err(format!(
+                    "neither {path} nor the directory above it exists; make the file system's directory first"
+                ));
+            }
         }
     };
     if !existing.is_dir() {
@@ -46,7 +55,9 @@ pub(super) fn check(path: &str, force: bool) -> Result<(), String> {
         && let Some(parent) = brick.parent()
         && (fs::metadata(parent).map_err(trouble)?.dev() != device || parent == brick)
     {
-        return Err(format!("{path} is a mount point itself; use a directory inside it, like {path}/brick, so that a file system that is not mounted is noticed"));
+        return Err(format!(
+            "{path} is a mount point itself; use a directory inside it, like {path}/brick, so that a file system that is not mounted is noticed"
+        ));
     }
     let statfs = rustix::fs::statfs(existing).map_err(|e| format!("{path} cannot be looked at: {e}"))?;
     let on_root = fs::metadata("/").map_err(trouble)?.dev() == device;
@@ -58,7 +69,9 @@ pub(super) fn check(path: &str, force: bool) -> Result<(), String> {
         ));
     }
     if on_root && !force {
-        return Err(format!("{path} is on the root file system, which a full volume would fill; use a file system of its own, or --force"));
+        return Err(format!(
+            "{path} is on the root file system, which a full volume would fill; use a file system of its own, or --force"
+        ));
     }
     if existing == brick
         && let Some(first) = fs::read_dir(brick).map_err(trouble)?.flatten().next()

@@ -3,18 +3,18 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
-use mortar_proto::config::{BrickState, Slot};
-use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
-use mortar_proto::metadata::state::Volume;
 use mortar_proto::client::control::with_port;
+use mortar_proto::config::{BrickState, Slot};
+use mortar_proto::metadata::state::Volume;
+use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
 use mortar_proto::wire::cluster::{
-    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientRow, Empty, FileHealRow,
-    HealInfoReply, IdentifyReply, MissedOf, ServerAddReply, ServerAddRequest, ServerListReply, ServerRemoveRequest, ServerRow,
-    VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest, VolumeStatusReply, VolumeStatusRow,
-    cluster_client::ClusterClient, cluster_server::Cluster,
+    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientRow, Empty,
+    FileHealRow, HealInfoReply, IdentifyReply, MissedOf, ServerAddReply, ServerAddRequest, ServerListReply,
+    ServerRemoveRequest, ServerRow, VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest,
+    VolumeStatusReply, VolumeStatusRow, cluster_client::ClusterClient, cluster_server::Cluster,
 };
-use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
 use mortar_proto::wire::id_bytes;
+use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
 use mortar_proto::{BrickId, Ino, ServerId, VolumeId};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
@@ -33,7 +33,8 @@ const ARRIVAL: Duration = Duration::from_secs(8);
 const UNKNOWN: u32 = u32::MAX;
 
 async fn connect(address: &str, timeout: Duration) -> Result<Channel, String> {
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|e| format!("{address} is no address: {e}"))?;
+    let endpoint =
+        Endpoint::from_shared(format!("http://{address}")).map_err(|e| format!("{address} is no address: {e}"))?;
     let endpoint = endpoint.connect_timeout(timeout).tcp_nodelay(true);
     let until = Instant::now() + timeout;
     loop {
@@ -60,7 +61,8 @@ fn find_server(state: &State, meant: &str) -> Option<ServerId> {
     let full = with_port(meant);
     let by_address = state.servers.iter().find(|(_, s)| s.address == meant || s.address == full);
     let by_host = || {
-        let mut found = state.servers.iter().filter(|(_, s)| s.address.rsplit_once(':').is_some_and(|(host, _)| host == meant));
+        let mut found =
+            state.servers.iter().filter(|(_, s)| s.address.rsplit_once(':').is_some_and(|(host, _)| host == meant));
         let first = found.next();
         if found.next().is_some() { None } else { first }
     };
@@ -158,12 +160,15 @@ impl Cluster for Server {
             Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
                 return Err(Status::invalid_argument(status.message().to_owned()));
             }
-            Ok(Err(status)) => return Err(Status::unavailable(format!("server {address} refuses: {}", status.message()))),
+            Ok(Err(status)) => {
+                return Err(Status::unavailable(format!("server {address} refuses: {}", status.message())));
+            }
             Err(_) => return Err(Status::unavailable(format!("server {address} does not answer"))),
         };
         let server = ServerId(reply.server);
         let known = self.log.with_state(|state| state.servers.contains_key(&server));
-        if known {
+        // One that was taken in but never heard is taken in once more: the first time may have been cut short.
+        if known && self.lead(|leader| leader.servers.contains_key(&server))? {
             let me = if server == self.log.identity().server { " (it is the one that was asked)" } else { "" };
             return Err(Status::invalid_argument(format!("server {address} is in this cluster already{me}")));
         }
@@ -172,7 +177,13 @@ impl Cluster for Server {
         self.log.add_learner(server, &address).await.map_err(|e| Status::unavailable(format!("{e:#}")))?;
         tracing::info!(server = format!("{:x}", server.0), address, "taken into the cluster");
         let until = Instant::now() + ARRIVAL;
-        while Instant::now() < until && !self.lead(|leader| leader.servers.contains_key(&server))? {
+        // It is heard, and it votes: the next failure may be this server's.
+        let arrived = || {
+            let voters = self.log.voters();
+            let votes = voters.contains(&server) || voters.len() >= 5;
+            votes && self.lead(|leader| leader.servers.contains_key(&server)).unwrap_or(false)
+        };
+        while Instant::now() < until && !arrived() {
             tokio::time::sleep(RETRY).await;
         }
         Ok(Response::new(ServerAddReply { server: server.0, address }))
@@ -200,8 +211,15 @@ impl Cluster for Server {
         let servers = self.log.with_state(|state| {
             let row = |(id, s): (&ServerId, &mortar_proto::metadata::state::Server)| {
                 let heard = news.get(id);
-                let heard_ms = heard.map_or(UNKNOWN, |n| now.saturating_sub(n.heard_ms).min(u64::from(UNKNOWN - 1)) as u32);
-                let role = if leader == Some(*id) { "leader" } else if voters.contains(id) { "voter" } else { "learner" };
+                let heard_ms =
+                    heard.map_or(UNKNOWN, |n| now.saturating_sub(n.heard_ms).min(u64::from(UNKNOWN - 1)) as u32);
+                let role = if leader == Some(*id) {
+                    "leader"
+                } else if voters.contains(id) {
+                    "voter"
+                } else {
+                    "learner"
+                };
                 ServerRow {
                     id: format!("{:x}", id.0),
                     address: s.address.clone(),
@@ -221,9 +239,12 @@ impl Cluster for Server {
         self.log.linearizable().await?;
         let request = request.into_inner();
         if request.replica != 3 {
-            return Err(Status::invalid_argument(format!("replica {} is not served; a volume has replica 3", request.replica)));
+            return Err(Status::invalid_argument(format!(
+                "replica {} is not served; a volume has replica 3",
+                request.replica
+            )));
         }
-        if request.bricks.is_empty() || request.bricks.len() % 3 != 0 {
+        if request.bricks.is_empty() || !request.bricks.len().is_multiple_of(3) {
             return Err(Status::invalid_argument(format!(
                 "{} bricks make no replica sets of 3; name three, or a multiple of three",
                 request.bricks.len()
@@ -236,11 +257,16 @@ impl Cluster for Server {
             };
             request.bricks.iter().map(place).collect::<Result<Vec<_>, _>>()
         })?;
-        let sets: Vec<[BrickPlace; 3]> = places.chunks_exact(3).map(|c| [c[0].clone(), c[1].clone(), c[2].clone()]).collect();
-        self.log.with_state(|s| s.check_new_volume(&request.name, &sets, request.force)).map_err(Status::invalid_argument)?;
+        let sets: Vec<[BrickPlace; 3]> =
+            places.chunks_exact(3).map(|c| [c[0].clone(), c[1].clone(), c[2].clone()]).collect();
+        self.log
+            .with_state(|s| s.check_new_volume(&request.name, &sets, request.force))
+            .map_err(Status::invalid_argument)?;
         for place in &places {
-            let address = self.log.with_state(|s| s.servers.get(&place.server).map(|s| s.address.clone())).unwrap_or_default();
-            let ask = CheckBrickRequest { path: place.path.clone(), force: request.force, volume: request.name.clone() };
+            let address =
+                self.log.with_state(|s| s.servers.get(&place.server).map(|s| s.address.clone())).unwrap_or_default();
+            let ask =
+                CheckBrickRequest { path: place.path.clone(), force: request.force, volume: request.name.clone() };
             let checked = if address == self.address {
                 self.check_brick(Request::new(ask)).await
             } else {
@@ -316,17 +342,20 @@ impl Cluster for Server {
         self.log.linearizable().await?;
         let name = request.into_inner().name;
         let asked: Vec<(BrickId, String)> = self.log.with_state(|state| {
-            let (id, _) = state.volume_named(&name).ok_or_else(|| Status::invalid_argument(state.no_such_volume(&name)))?;
+            let (id, _) =
+                state.volume_named(&name).ok_or_else(|| Status::invalid_argument(state.no_such_volume(&name)))?;
             let bricks = state.bricks.iter().filter(|(_, b)| b.volume == id);
             Ok::<_, Status>(
                 bricks
-                    .map(|(brick, b)| (*brick, state.servers.get(&b.server).map_or(String::new(), |s| s.address.clone())))
+                    .map(|(brick, b)| {
+                        (*brick, state.servers.get(&b.server).map_or(String::new(), |s| s.address.clone()))
+                    })
                     .collect(),
             )
         })?;
-        let answers = futures::future::join_all(asked.iter().map(|(brick, address)| async {
-            (*brick, self.ask_heal(address.clone(), *brick).await)
-        }))
+        let answers = futures::future::join_all(
+            asked.iter().map(|(brick, address)| async { (*brick, self.ask_heal(address.clone(), *brick).await) }),
+        )
         .await;
         let known: HashMap<BrickId, BrickHealReply> = answers.into_iter().filter_map(|(b, a)| Some((b, a?))).collect();
         let news = self.lead(|l| l.bricks.clone())?;
@@ -409,7 +438,9 @@ fn missing(
     if set.configuration.state(slot) == BrickState::InSync {
         return files;
     }
-    let of_slot = |reply: &BrickHealReply| -> Option<MissedOf> { reply.missed.iter().find(|m| m.slot == u32::from(slot.0)).cloned() };
+    let of_slot = |reply: &BrickHealReply| -> Option<MissedOf> {
+        reply.missed.iter().find(|m| m.slot == u32::from(slot.0)).cloned()
+    };
     for teller in set.configuration.in_sync().with(slot).iter() {
         let brick = set.configuration.members[teller.index()].brick;
         let Some(missed) = known.get(&brick).and_then(of_slot) else { continue };

@@ -144,7 +144,9 @@ impl Leader {
     /// Sessions that were not heard for their time to live; nobody is older than this leader.
     fn lapsed(&self, state: &State, now_ms: u64) -> Vec<SessionId> {
         let ttl = |volume: Option<VolumeId>| {
-            volume.and_then(|v| state.volumes.get(&v)).map_or(Options::defaults().session_ttl_ms, |v| Options::of(v).session_ttl_ms)
+            volume
+                .and_then(|v| state.volumes.get(&v))
+                .map_or(Options::defaults().session_ttl_ms, |v| Options::of(v).session_ttl_ms)
         };
         state
             .sessions
@@ -203,7 +205,8 @@ pub(super) fn start(server: &Arc<Server>) {
             if members.log.is_leader() {
                 members.log.promote_learners().await;
                 let me = members.log.identity().server;
-                let known = members.log.with_state(|s| s.servers.get(&me).is_some_and(|s| s.address == members.address));
+                let known =
+                    members.log.with_state(|s| s.servers.get(&me).is_some_and(|s| s.address == members.address));
                 if !known {
                     let command = Command::ServerAdd { server: me, address: members.address.clone() };
                     let _ = members.log.propose(command, None).await;

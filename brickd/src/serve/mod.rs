@@ -18,6 +18,7 @@ mod session;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
@@ -49,6 +50,8 @@ pub struct Server {
     /// Told when the process shall start anew, because it joins another cluster.
     pub restart: Notify,
     me: Weak<Self>,
+    /// It joins another cluster: its own log takes nothing any more.
+    leaving: AtomicBool,
     began: Instant,
     leader: Mutex<Option<lead::Leader>>,
     poke: Notify,
@@ -60,6 +63,7 @@ impl Server {
     pub fn new(log: Log, bricks: Arc<Bricks>, address: String, state_dir: PathBuf) -> Arc<Self> {
         Arc::new_cyclic(|me| Self {
             me: me.clone(),
+            leaving: AtomicBool::new(false),
             log,
             bricks,
             address,
@@ -93,7 +97,11 @@ impl Server {
             .tcp_nodelay(true)
             .http2_keepalive_interval(Some(std::time::Duration::from_secs(2)))
             .http2_keepalive_timeout(Some(std::time::Duration::from_secs(4)))
-            .add_service(PeerServer::from_arc(Arc::clone(self)).max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES))
+            .add_service(
+                PeerServer::from_arc(Arc::clone(self))
+                    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                    .max_encoding_message_size(MAX_MESSAGE_BYTES),
+            )
             .add_service(SessionServer::from_arc(Arc::clone(self)).max_encoding_message_size(MAX_MESSAGE_BYTES))
             .add_service(ClusterServer::from_arc(Arc::clone(self)).max_encoding_message_size(MAX_MESSAGE_BYTES))
             .serve_with_incoming(incoming)

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use mortar_proto::config::Slots;
@@ -32,18 +33,21 @@ fn undecodable(e: impl std::fmt::Display) -> Status {
 #[tonic::async_trait]
 impl Peer for Server {
     async fn append(&self, request: Request<Blob>) -> Result<Response<Blob>, Status> {
+        self.check_staying()?;
         let rpc = decode(&request.into_inner().body).map_err(undecodable)?;
         let body = self.log.append(rpc).await.map_err(|e| Status::internal(e.to_string()))?;
         Ok(Response::new(Blob { body: body.into() }))
     }
 
     async fn vote(&self, request: Request<Blob>) -> Result<Response<Blob>, Status> {
+        self.check_staying()?;
         let rpc = decode(&request.into_inner().body).map_err(undecodable)?;
         let body = self.log.vote(rpc).await.map_err(|e| Status::internal(e.to_string()))?;
         Ok(Response::new(Blob { body: body.into() }))
     }
 
     async fn snapshot(&self, request: Request<Streaming<Blob>>) -> Result<Response<Blob>, Status> {
+        self.check_staying()?;
         let mut chunks = request.into_inner();
         let mut bytes = Vec::new();
         while let Some(chunk) = chunks.message().await? {
@@ -71,7 +75,11 @@ impl Peer for Server {
         let refusal = self.log.with_state(|state| {
             let names: Vec<&str> = state.volumes.values().map(|v| v.name.as_str()).collect();
             if !names.is_empty() {
-                Some(format!("{} has volumes of its own already ({}); only a fresh server can be added", self.address, names.join(", ")))
+                Some(format!(
+                    "{} has volumes of its own already ({}); only a fresh server can be added",
+                    self.address,
+                    names.join(", ")
+                ))
             } else if state.servers.len() > 1 || me.absorbed {
                 Some(format!(
                     "{} belongs to another cluster ({:032x}, {} servers) already; remove it there first",
@@ -86,14 +94,27 @@ impl Peer for Server {
         if let Some(why) = refusal {
             return Err(Status::failed_precondition(why));
         }
+        // Its own log is about to be wiped: what the other cluster's leader sent it now would be acknowledged and lost.
+        self.leaving.store(true, Ordering::Release);
         me.join(&self.state_dir, cluster).map_err(|e| Status::internal(format!("{e:#}")))?;
-        tracing::info!(cluster = format!("{:032x}", cluster.0), leader = request.leader, "joining another cluster; starting anew");
+        tracing::info!(
+            cluster = format!("{:032x}", cluster.0),
+            leader = request.leader,
+            "joining another cluster; starting anew"
+        );
         self.restart.notify_one();
         Ok(reply())
     }
 }
 
 impl Server {
+    fn check_staying(&self) -> Result<(), Status> {
+        if self.leaving.load(Ordering::Acquire) {
+            return Err(Status::unavailable("this server is starting anew, in another cluster"));
+        }
+        Ok(())
+    }
+
     /// A server's heartbeat has arrived. It is answered only after a quorum has confirmed, since then, that this server
     /// still leads `[R1]`.
     async fn heard(&self, request: HeartbeatRequest) -> Result<HeartbeatReply, Status> {

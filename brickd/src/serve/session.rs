@@ -168,7 +168,8 @@ impl Session for Server {
                 Some((holder, epoch)) => {
                     self.lead(|leader| leader.recall(holder, ino, epoch.0))?;
                     let again = Instant::now() + RECALL_EVERY;
-                    let still_held = || self.log.with_state(|s| lease_of(s, ino).is_some_and(|l| l.holder == Some(holder)));
+                    let still_held =
+                        || self.log.with_state(|s| lease_of(s, ino).is_some_and(|l| l.holder == Some(holder)));
                     while still_held() && Instant::now() < again {
                         let left = again.saturating_duration_since(Instant::now());
                         let _ = tokio::time::timeout(left, applied.changed()).await;
@@ -200,7 +201,14 @@ impl Session for Server {
         self.lead(|leader| {
             self.log.with_state(|state| leader.monitor.suspect(state, now, SetId(r.set), ConfigNo(r.n), slot));
         })?;
-        tracing::info!(set = r.set, slot = r.slot, n = r.n, session = r.session, "a client complains of a brick: {}", r.why);
+        tracing::info!(
+            set = r.set,
+            slot = r.slot,
+            n = r.n,
+            session = r.session,
+            "a client complains of a brick: {}",
+            r.why
+        );
         self.poke_leader();
         Ok(Response::new(Empty {}))
     }
@@ -217,7 +225,8 @@ impl Session for Server {
 
     async fn ask(&self, request: Request<NameRequest>) -> Result<Response<NameReply>, Status> {
         let request = request.into_inner();
-        let query: Query = decode(&request.body).map_err(|e| Status::invalid_argument(format!("the question does not decode: {e}")))?;
+        let query: Query = decode(&request.body)
+            .map_err(|e| Status::invalid_argument(format!("the question does not decode: {e}")))?;
         self.log.linearizable().await?;
         let answer = self.log.with_state(|state| {
             let row = state.sessions.get(&SessionId(request.session)).ok_or_else(ended)?;
@@ -237,8 +246,14 @@ impl Session for Server {
                 };
                 for set in state.sets.values().filter(|s| s.volume == volume) {
                     // The fullest brick bounds the set.
-                    let rooms = set.configuration.members.iter().filter_map(|m| leader.bricks.get(&m.brick)).filter(|b| b.total_bytes > 0);
-                    let (total, free) = rooms.fold((u64::MAX, u64::MAX), |(t, f), b| (t.min(b.total_bytes), f.min(b.free_bytes)));
+                    let rooms = set
+                        .configuration
+                        .members
+                        .iter()
+                        .filter_map(|m| leader.bricks.get(&m.brick))
+                        .filter(|b| b.total_bytes > 0);
+                    let (total, free) =
+                        rooms.fold((u64::MAX, u64::MAX), |(t, f), b| (t.min(b.total_bytes), f.min(b.free_bytes)));
                     if total < u64::MAX {
                         reply.total_bytes += total;
                         reply.free_bytes += free;

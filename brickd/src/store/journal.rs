@@ -178,10 +178,13 @@ impl Writer {
                     }
                 }
             }
-            let written =
-                if waiting.is_empty() { self.db.write(batch) } else { self.db.write_opt(batch, &synced()) };
+            let written = if waiting.is_empty() { self.db.write(batch) } else { self.db.write_opt(batch, &synced()) };
             for done in waiting {
-                let _ = done.send(written.as_ref().map(|()| ()).map_err(|e| io::Error::other(e.to_string())));
+                let told = match &written {
+                    Ok(()) => Ok(()),
+                    Err(e) => Err(io::Error::other(e.to_string())),
+                };
+                let _ = done.send(told);
             }
             if let Err(e) = written {
                 tracing::error!("the brick's journal cannot be written: {e}");
@@ -263,7 +266,9 @@ mod tests {
             let (journal, loaded) = Journal::open(dir.path()).unwrap();
             assert!(loaded.intents.is_empty() && loaded.missed.is_empty() && !loaded.clean);
             journal.add(vec![Record::Intent(ino, 3), Record::Intent(ino, 4), Record::Intent(Ino(5), 1)]).unwrap();
-            journal.add(vec![Record::Missed(x, ino, 1000..3000), Record::Missed(x, ino, SIZE_REGION..SIZE_REGION + 1)]).unwrap();
+            journal
+                .add(vec![Record::Missed(x, ino, 1000..3000), Record::Missed(x, ino, SIZE_REGION..SIZE_REGION + 1)])
+                .unwrap();
             journal.remove(vec![Removal::Intent(ino, 3), Removal::Missed(x, ino, 1500..1600), Removal::File(Ino(5))]);
             journal.set_clean().unwrap();
         }

@@ -45,7 +45,15 @@ impl StoreError {
     pub fn is_disk_failure(&self) -> bool {
         !matches!(
             self.errno(),
-            libc::ENOSPC | libc::EDQUOT | libc::EINVAL | libc::EOPNOTSUPP | libc::EFBIG | libc::ENXIO | libc::EMFILE | libc::ENFILE | libc::ENOMEM
+            libc::ENOSPC
+                | libc::EDQUOT
+                | libc::EINVAL
+                | libc::EOPNOTSUPP
+                | libc::EFBIG
+                | libc::ENXIO
+                | libc::EMFILE
+                | libc::ENFILE
+                | libc::ENOMEM
         )
     }
 }
@@ -130,7 +138,8 @@ impl Objects {
                 Err(e) if e.kind() == io::ErrorKind::NotFound && !create => Ok(None),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {
                     if let Some(parent) = path.parent() {
-                        fs::create_dir_all(parent).map_err(|e| StoreError::new(format!("making {}", parent.display()), e))?;
+                        fs::create_dir_all(parent)
+                            .map_err(|e| StoreError::new(format!("making {}", parent.display()), e))?;
                     }
                     open(true).map(Some).map_err(|e| StoreError::new(format!("opening {}", path.display()), e))
                 }
@@ -178,7 +187,14 @@ impl Objects {
     ///
     /// # Errors
     /// When the disk refuses.
-    pub fn read(&self, ino: Ino, range: ByteRange, nowait: bool, out: &mut Vec<u8>, sums: &mut Vec<u8>) -> Result<Option<u64>> {
+    pub fn read(
+        &self,
+        ino: Ino,
+        range: ByteRange,
+        nowait: bool,
+        out: &mut Vec<u8>,
+        sums: &mut Vec<u8>,
+    ) -> Result<Option<u64>> {
         let Some(object) = self.object(ino, false)? else { return Ok(Some(0)) };
         let _held = object.shared(range);
         let size = object.size()?;
@@ -239,7 +255,10 @@ impl Objects {
                 let (from, to) = (offset.max(block.start), range.end.min(block.end));
                 let new = &data[(from - offset) as usize..(to - offset) as usize];
                 let sum = if to - from == BLOCK_BYTES {
-                    given.next().and_then(|s| s.try_into().ok()).map_or_else(|| checksum::of_block(new), u64::from_le_bytes)
+                    given
+                        .next()
+                        .and_then(|s| s.try_into().ok())
+                        .map_or_else(|| checksum::of_block(new), u64::from_le_bytes)
                 } else {
                     let mut merged = object.block(start)?;
                     merged[(from - start) as usize..(to - start) as usize].copy_from_slice(new);
@@ -304,11 +323,8 @@ impl Objects {
     /// One of the modes that [`Objects::allocate`] takes.
     #[must_use]
     pub fn takes_mode(mode: u32) -> bool {
-        let (keep, punch, zero) = (
-            FallocateFlags::KEEP_SIZE.bits(),
-            FallocateFlags::PUNCH_HOLE.bits(),
-            FallocateFlags::ZERO_RANGE.bits(),
-        );
+        let (keep, punch, zero) =
+            (FallocateFlags::KEEP_SIZE.bits(), FallocateFlags::PUNCH_HOLE.bits(), FallocateFlags::ZERO_RANGE.bits());
         [0, keep, punch | keep, zero, zero | keep].contains(&mode)
     }
 
@@ -319,7 +335,10 @@ impl Objects {
     pub fn set_mtime(&self, ino: Ino, mtime_ns: i64) -> Result<()> {
         let object = self.made(ino)?;
         let omit = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_OMIT };
-        let time = rustix::fs::Timespec { tv_sec: mtime_ns.div_euclid(1_000_000_000), tv_nsec: mtime_ns.rem_euclid(1_000_000_000) };
+        let time = rustix::fs::Timespec {
+            tv_sec: mtime_ns.div_euclid(1_000_000_000),
+            tv_nsec: mtime_ns.rem_euclid(1_000_000_000),
+        };
         rustix::fs::futimens(&object.data, &rustix::fs::Timestamps { last_access: omit, last_modification: time })
             .map_err(|e| StoreError::new(format!("setting the time of object {ino:?}"), e))
     }
@@ -423,7 +442,10 @@ impl Objects {
         object.dirty.store(true, Ordering::Release);
         match data {
             Some(data) => {
-                object.data.write_all_at(data, range.start).map_err(|e| StoreError::new(format!("repairing object {ino:?}"), e))?;
+                object
+                    .data
+                    .write_all_at(data, range.start)
+                    .map_err(|e| StoreError::new(format!("repairing object {ino:?}"), e))?;
                 let mut sums = Vec::new();
                 for start in (range.start..range.start + data.len() as u64).step_by(BLOCK) {
                     sums.extend_from_slice(&checksum::of_block(&object.block(start)?).to_le_bytes());
@@ -484,7 +506,8 @@ impl Objects {
     /// # Errors
     /// When the disk refuses.
     pub fn space(&self) -> Result<(u64, u64)> {
-        let stat = rustix::fs::statvfs(&self.root).map_err(|e| StoreError::new("looking at the brick's file system", e))?;
+        let stat =
+            rustix::fs::statvfs(&self.root).map_err(|e| StoreError::new("looking at the brick's file system", e))?;
         Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
     }
 
@@ -494,7 +517,12 @@ impl Objects {
     /// When it does not.
     pub fn probe(&self) -> Result<()> {
         let failed = |e| StoreError::new("probing the disk", e);
-        let file = OpenOptions::new().create(true).truncate(false).write(true).open(self.root.join("probe")).map_err(failed)?;
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(self.root.join("probe"))
+            .map_err(failed)?;
         file.write_all_at(b"mortar\n", 0).map_err(failed)?;
         file.sync_data().map_err(failed)
     }
@@ -561,7 +589,8 @@ impl Object {
         if range.is_empty() {
             return Ok(());
         }
-        let whole = ByteRange { start: range.start.next_multiple_of(BLOCK_BYTES), end: range.end / BLOCK_BYTES * BLOCK_BYTES };
+        let whole =
+            ByteRange { start: range.start.next_multiple_of(BLOCK_BYTES), end: range.end / BLOCK_BYTES * BLOCK_BYTES };
         if !whole.is_empty() {
             let at = whole.start / BLOCK_BYTES * SUM as u64;
             let length = whole.len() / BLOCK_BYTES * SUM as u64;

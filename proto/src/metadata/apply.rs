@@ -182,7 +182,9 @@ impl State {
                             on(&server)
                         ));
                     }
-                    if is_inside(&place.path, path) || is_inside(path, &place.path) {
+                    // One that contains a brick is not empty, which its own server says better.
+                    let contains = volume.is_none() && is_inside(path, &place.path);
+                    if contains || is_inside(&place.path, path) {
                         return Err(format!(
                             "{} and {} on server {} lie within each other; bricks must not",
                             place.path,

@@ -54,6 +54,8 @@ struct Heard {
     beat: Beat,
     /// When its last heartbeat was answered.
     answered_ms: u64,
+    /// When this start of it was heard first.
+    first_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -137,7 +139,9 @@ impl Monitor {
             let Some(row) = state.bricks.get(&beat.brick) else { continue };
             let Some(set) = state.sets.get(&row.set) else { continue };
             let Some(slot) = set.configuration.slot_of(beat.brick) else { continue };
-            self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms });
+            let same = |h: &&Heard| h.beat.registration.incarnation == beat.registration.incarnation;
+            let first_ms = self.heard.get(&beat.brick).filter(same).map_or(now_ms, |h| h.first_ms);
+            self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms, first_ms });
             let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n);
             // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out.
             if suspected && !beat.agreed && self.may_put_out(state, &set.configuration, slot, now_ms) {
@@ -220,11 +224,12 @@ impl Monitor {
         for slot in Slot::ALL {
             let member = configuration.members[slot.index()];
             let Some(new) = self.new_start(configuration, slot, now_ms) else { continue };
-            let another_lives = configuration
-                .in_sync()
-                .without(slot)
-                .iter()
-                .any(|s| self.living(state, configuration.members[s.index()].brick, now_ms));
+            // Heard since this one started: bricks that were killed together must not take each other for living.
+            let since_ms = self.heard.get(&member.brick).map_or(now_ms, |h| h.first_ms);
+            let another_lives = configuration.in_sync().without(slot).iter().any(|s| {
+                let other = configuration.members[s.index()].brick;
+                self.living(state, other, now_ms) && self.heard.get(&other).is_some_and(|h| h.answered_ms >= since_ms)
+            });
             let first = member.incarnation == Incarnation(0);
             if member.state != BrickState::InSync || another_lives || first {
                 let Registration { incarnation, boot, clean } = new;
