@@ -29,6 +29,7 @@ impl Load {
             ])
             .args([
                 "--verify=crc32c",
+                "--verify_state_save=0",
                 "--verify_backlog=256",
                 "--verify_fatal=1",
                 "--time_based",
