@@ -1,17 +1,18 @@
-//! One brick: its replica machine, store and journal.
+//! One brick: its replica machine, store and journal; what the log tells it; its heartbeats.
 
 use std::collections::HashMap;
-use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Instant;
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Sender, unbounded};
 use mortar_proto::config::{BrickState, Configuration, Slot};
+use mortar_proto::interval::IntervalSet;
+use mortar_proto::metadata::Registration;
 use mortar_proto::metadata::options::Options;
 use mortar_proto::metadata::state::{self, State};
-use mortar_proto::metadata::{Registration, TreeChange};
 use mortar_proto::replica::{Recorded, Replica};
 use mortar_proto::wire::{cluster, id_bytes, peer};
 use mortar_proto::{
@@ -19,39 +20,85 @@ use mortar_proto::{
     SessionId, SetId, VolumeId,
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
+use rustix::time::ClockId;
 
-use super::pull::Peers;
+use super::Whole;
+use super::answers::Answers;
+use super::chores::Chore;
+use super::peers::Peers;
 use crate::log::Log;
-use crate::store::{BrickDir, BrickId3, Journal, Objects, Record, Removal};
+use crate::store::{BrickDir, BrickId3, Journal, Objects, Record, Removal, StoreError};
 use crate::tree::Tree;
 
-/// Threads for what cannot be done at once: waiting, syncing, reading from the disk.
+/// Threads for what may have to wait: for the log, for older requests, for the disk.
 const WORKERS: usize = 32;
+/// Threads for what is admitted already and must be made durable; apart, for others may wait for its end.
+const ADMITTED: usize = 16;
 /// Threads for pulls, which wait for other bricks; apart, so that bricks that pull from each other cannot block each other.
 const PULLERS: usize = 8;
 /// Threads that answer other bricks.
 const PEER_WORKERS: usize = 8;
+/// Two clocks that were read one after the other may differ by so much without the machine having slept.
+const CLOCK_SLACK_MS: u64 = 20;
 
 pub(super) type Job = Box<dyn FnOnce() + Send>;
+
+/// What has to be known to open a brick.
+pub(super) struct Opening {
+    pub(super) id: BrickId,
+    pub(super) set: SetId,
+    pub(super) volume: VolumeId,
+    pub(super) path: String,
+    volume_name: String,
+    options: Options,
+    configuration: Configuration,
+}
+
+impl Opening {
+    /// `None` when its replica set is not known, or does not have it.
+    pub(super) fn of(id: BrickId, row: &state::Brick, state: &State) -> Option<Self> {
+        let volume = state.volumes.get(&row.volume);
+        let configuration = state.sets.get(&row.set)?.configuration;
+        configuration.slot_of(id)?;
+        Some(Self {
+            id,
+            set: row.set,
+            volume: row.volume,
+            path: row.path.clone(),
+            volume_name: volume.map_or_else(String::new, |v| v.name.clone()),
+            options: volume.map_or_else(Options::defaults, Options::of),
+            configuration,
+        })
+    }
+}
+
+/// Threads for requests, by what they may wait for.
+pub(super) struct Pools {
+    pub(super) general: Sender<Job>,
+    pub(super) admitted: Sender<Job>,
+    pub(super) pulls: Sender<Job>,
+    pub(super) peers: Sender<Job>,
+}
 
 /// One brick.
 pub struct Brick {
     pub(super) id: BrickId,
     pub(super) slot: Slot,
-    pub(super) set: SetId,
     pub(super) volume: VolumeId,
     pub(super) cluster: ClusterId,
     pub(super) log: Log,
-    dir: BrickDir,
+    pub(super) dir: BrickDir,
     pub(super) objects: Arc<Objects>,
     pub(super) journal: Journal,
     pub(super) replica: Mutex<Replica>,
     /// Told whenever something that waits might go on.
     pub(super) progress: Condvar,
-    tree: Mutex<(Tree, bool)>,
+    pub(super) chores: Sender<Arc<Chore>>,
     pub(super) peers: Peers,
     pub(super) registration: Registration,
-    began: Instant,
+    began_ms: u64,
+    /// How far the clock that goes on in sleep was ahead of the one that does not, at the last heartbeat.
+    slept_ms: AtomicU64,
     read_lease_ms: AtomicU64,
     pub(super) io_timeout_ms: AtomicU64,
     reserve_percent: AtomicU64,
@@ -60,16 +107,17 @@ pub struct Brick {
     space: Mutex<(u64, u64)>,
     pub(super) repaired_bytes: AtomicU64,
     failed: Mutex<String>,
-    stopping: AtomicBool,
-    closed: AtomicBool,
-    pub(super) connections: Mutex<HashMap<(SessionId, u32), Arc<TcpStream>>>,
-    pub(super) general: Sender<Job>,
-    pub(super) pulls: Sender<Job>,
-    pub(super) peer_jobs: Sender<Job>,
+    pub(super) is_stopping: AtomicBool,
+    is_closed: AtomicBool,
+    /// It was `InSync` since it was opened.
+    pub(super) was_in_sync: AtomicBool,
+    pub(super) next_peer: AtomicU32,
+    pub(super) connections: Mutex<HashMap<(SessionId, u32), Arc<Answers>>>,
+    pub(super) pools: Pools,
 }
 
 fn pool(name: &str, threads: usize) -> std::io::Result<Sender<Job>> {
-    let (jobs, taken) = crossbeam_channel::unbounded::<Job>();
+    let (jobs, taken) = unbounded::<Job>();
     for _ in 0..threads {
         let taken = taken.clone();
         std::thread::Builder::new().name(name.into()).spawn(move || {
@@ -81,28 +129,29 @@ fn pool(name: &str, threads: usize) -> std::io::Result<Sender<Job>> {
     Ok(jobs)
 }
 
+fn clock_ms(clock: ClockId) -> u64 {
+    let time = rustix::time::clock_gettime(clock);
+    time.tv_sec.unsigned_abs() * 1000 + time.tv_nsec.unsigned_abs() / 1_000_000
+}
+
+fn slept_ms() -> u64 {
+    clock_ms(ClockId::Boottime).saturating_sub(clock_ms(ClockId::Monotonic))
+}
+
 impl Brick {
     /// Opens the brick; after an unclean stop makes the sums of what was being written anew first `[S3]`.
-    pub(super) fn open(
-        id: BrickId,
-        row: &state::Brick,
-        state: &State,
-        log: Log,
-        boot: BootId,
-    ) -> anyhow::Result<Arc<Self>> {
-        let volume = state.volumes.get(&row.volume);
-        let name = volume.map_or("", |v| v.name.as_str());
+    pub(super) fn open(opening: &Opening, log: Log, boot: BootId) -> anyhow::Result<Arc<Self>> {
+        let Opening { id, set, volume, ref volume_name, ref options, configuration, .. } = *opening;
         let cluster = log.identity().cluster;
-        let dir = BrickDir::open(Path::new(&row.path), BrickId3 { cluster, volume: row.volume, brick: id }, name)?;
+        let dir = BrickDir::open(Path::new(&opening.path), BrickId3 { cluster, volume, brick: id }, volume_name)?;
         let (journal, loaded) = Journal::open(&dir.own().join("state"))?;
         let objects = Arc::new(Objects::new(&dir.own()));
-        let configuration = state.sets.get(&row.set).map(|s| s.configuration);
-        let configuration = configuration.ok_or_else(|| anyhow::anyhow!("the brick's replica set is not known"))?;
         let slot = configuration.slot_of(id).ok_or_else(|| anyhow::anyhow!("the brick is not in its replica set"))?;
-        if !loaded.clean && !loaded.intents.is_empty() {
-            tracing::info!(brick = %id, extents = loaded.intents.len(), "the last stop was unclean: making checksums anew where something was being written");
-        }
         if !loaded.clean {
+            if !loaded.intents.is_empty() {
+                let extents = loaded.intents.len();
+                tracing::info!(brick = %id, extents, "the last stop was unclean: making checksums anew where it was being written");
+            }
             for (ino, extent) in &loaded.intents {
                 let start = extent.saturating_mul(EXTENT_BYTES);
                 objects.recompute_sums(*ino, ByteRange::at(start, EXTENT_BYTES))?;
@@ -114,15 +163,13 @@ impl Brick {
         let mut random = [0_u8; 8];
         getrandom::fill(&mut random).map_err(|e| anyhow::anyhow!("no random numbers: {e}"))?;
         let incarnation = Incarnation(u64::from_le_bytes(random) | 1);
-        let registration = Registration { incarnation, boot, clean: loaded.clean };
-        let tree = Tree::new(dir.root(), row.set, Arc::clone(&objects));
-        let options = volume.map_or_else(Options::defaults, Options::of);
+        let tree = Tree::new(dir.root(), set, Arc::clone(&objects));
         let space = objects.space()?;
+        let (chores, to_do) = unbounded();
         let brick = Arc::new(Self {
             id,
             slot,
-            set: row.set,
-            volume: row.volume,
+            volume,
             cluster,
             log,
             dir,
@@ -130,10 +177,11 @@ impl Brick {
             journal,
             replica: Mutex::new(Replica::new(id, slot, incarnation, recorded)),
             progress: Condvar::new(),
-            tree: Mutex::new((tree, true)),
+            chores,
             peers: Peers::default(),
-            registration,
-            began: Instant::now(),
+            registration: Registration { incarnation, boot, clean: loaded.clean },
+            began_ms: clock_ms(ClockId::Boottime),
+            slept_ms: AtomicU64::new(slept_ms()),
             read_lease_ms: AtomicU64::new(options.read_lease_ms),
             io_timeout_ms: AtomicU64::new(options.io_timeout_ms),
             reserve_percent: AtomicU64::new(options.reserve_percent),
@@ -141,32 +189,58 @@ impl Brick {
             space: Mutex::new(space),
             repaired_bytes: AtomicU64::new(0),
             failed: Mutex::default(),
-            stopping: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
+            is_stopping: AtomicBool::new(false),
+            is_closed: AtomicBool::new(false),
+            was_in_sync: AtomicBool::new(false),
+            next_peer: AtomicU32::new(0),
             connections: Mutex::default(),
-            general: pool("brick-work", WORKERS)?,
-            pulls: pool("brick-pull", PULLERS)?,
-            peer_jobs: pool("brick-peer", PEER_WORKERS)?,
+            pools: Pools {
+                general: pool("brick-work", WORKERS)?,
+                admitted: pool("brick-write", ADMITTED)?,
+                pulls: pool("brick-pull", PULLERS)?,
+                peers: pool("brick-peer", PEER_WORKERS)?,
+            },
         });
+        super::chores::start(&brick, tree, to_do)?;
         super::tasks::start(&brick)?;
         Ok(brick)
     }
 
-    /// The brick's directory.
-    pub(super) fn root(&self) -> PathBuf {
-        self.dir.root().to_owned()
-    }
-
-    /// Milliseconds since the brick was opened; never goes back.
+    /// Milliseconds since the brick was opened, the machine's sleep included; never goes back.
     pub(super) fn now_ms(&self) -> u64 {
-        self.began.elapsed().as_millis() as u64 + 1
+        clock_ms(ClockId::Boottime).saturating_sub(self.began_ms) + 1
     }
 
     pub(super) fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
+        self.is_closed.load(Ordering::Acquire)
+    }
+
+    /// Runs something that must not panic; if it does, the brick has failed, for nobody knows what is left half done.
+    pub(super) fn guarded<R>(&self, act: impl FnOnce() -> R) -> Option<R> {
+        let ran = catch_unwind(AssertUnwindSafe(act)).ok();
+        if ran.is_none() {
+            self.fail("mortar-brickd made a mistake of its own; its log says where");
+        }
+        ran
     }
 
     // -- what the log says ------------------------------------------------------------------------------------------
+
+    pub(super) fn take_whole(&self, whole: &Whole) {
+        // [E6] A cold start with this brick as source may be among what was not told one by one. To take one too many for
+        // such only makes others compare more.
+        let known = self.replica.lock().configuration().map_or(whole.configuration.n, |c| c.n);
+        let mine = |(n, boot): &(_, BootId)| *n > known && *boot == self.registration.boot;
+        let cold_start = whole.cold_starts.iter().any(mine).then_some(self.slot);
+        self.configured(whole.configuration, cold_start);
+        let mut replica = self.replica.lock();
+        for (ino, epoch, holder) in &whole.leases {
+            replica.leased(*ino, *epoch, *holder);
+        }
+        drop(replica);
+        self.do_chore(Arc::new(Chore::Mend));
+        self.applied(whole.index);
+    }
 
     pub(super) fn configured(&self, configuration: Configuration, cold_start: Option<Slot>) {
         let mut replica = self.replica.lock();
@@ -175,20 +249,23 @@ impl Brick {
         }
         let before = replica.state();
         let entered = replica.configured(configuration, cold_start);
+        let brick_in = |slot: Slot| configuration.members.get(slot.index()).map(|m| m.brick);
         // [E6] Durable before anything is answered or reported under this configuration: the lock is kept.
-        let records = entered
-            .into_iter()
-            .filter_map(|(x, ino, regions)| Some(Record::Missed(self.brick_in(&configuration, x)?, ino, regions)));
+        let records =
+            entered.into_iter().filter_map(|(x, ino, regions)| Some(Record::Missed(brick_in(x)?, ino, regions)));
         if let Err(e) = self.journal.add(records.collect()) {
             drop(replica);
             return self.fail(&format!("the journal cannot be written: {e}"));
         }
         for (x, ino) in replica.forget_missed_of_in_sync() {
-            if let Some(x) = self.brick_in(&configuration, x) {
+            if let Some(x) = brick_in(x) {
                 self.journal.remove(vec![Removal::AllMissed(x, ino)]);
             }
         }
         let now = replica.state();
+        if replica.is_live() && now == BrickState::InSync {
+            self.was_in_sync.store(true, Ordering::Relaxed);
+        }
         if before != now {
             tracing::info!(brick = %self.id, n = configuration.n.0, "{before:?} -> {now:?}");
             if now == BrickState::Syncing {
@@ -197,10 +274,6 @@ impl Brick {
         }
         drop(replica);
         self.progress.notify_all();
-    }
-
-    fn brick_in(&self, configuration: &Configuration, slot: Slot) -> Option<BrickId> {
-        configuration.members.get(slot.index()).map(|m| m.brick)
     }
 
     /// The brick in `slot` by the applied configuration.
@@ -217,45 +290,19 @@ impl Brick {
         self.progress.notify_all();
     }
 
-    pub(super) fn reclaim(&self, ino: Ino) {
-        let mut replica = self.replica.lock();
-        replica.reclaimed(ino);
-        self.journal.remove(vec![Removal::File(ino)]);
-        drop(replica);
-        if let Err(e) = self.objects.remove(ino) {
-            self.complain(&e);
-        }
-    }
-
-    pub(super) fn change_tree(&self, change: &TreeChange, state: &State) {
-        let mut tree = self.tree.lock();
-        if tree.1
-            && let Err(e) = tree.0.apply(change, state)
+    /// A file is gone for good.
+    pub(super) fn reclaimed(&self, ino: Ino) {
         {
-            tracing::debug!(brick = %self.id, "the tree is mended: {e}");
-            tree.1 = false;
+            let mut replica = self.replica.lock();
+            replica.reclaimed(ino);
+            self.journal.remove(vec![Removal::File(ino)]);
         }
-        if !tree.1 {
-            drop(tree);
-            self.mend_tree(state);
-        }
+        self.do_chore(Arc::new(Chore::Remove(ino)));
     }
 
-    pub(super) fn mend_tree(&self, state: &State) {
-        let mut tree = self.tree.lock();
-        match tree.0.mend(self.volume, state) {
-            Ok(()) => tree.1 = true,
-            Err(e) => {
-                tree.1 = false;
-                tracing::error!(brick = %self.id, "the tree in {} cannot be mended: {e}", self.dir.root().display());
-            }
-        }
-    }
-
-    pub(super) fn owned(&self, ino: Ino, state: &State) {
-        if let Err(e) = self.tree.lock().0.owned(ino, state) {
-            tracing::warn!(brick = %self.id, "owner and mode of a file cannot be set: {e}");
-        }
+    pub(super) fn do_chore(&self, chore: Arc<Chore>) {
+        // Its thread ends only with the brick.
+        let _ = self.chores.send(chore);
     }
 
     pub(super) fn set_options(&self, options: &Options) {
@@ -264,7 +311,7 @@ impl Brick {
         self.reserve_percent.store(options.reserve_percent, Ordering::Relaxed);
     }
 
-    // -- failing and stopping ---------------------------------------------------------------------------------------
+    // -- failing ----------------------------------------------------------------------------------------------------
 
     /// [E4] The brick declares itself failed.
     pub(super) fn fail(&self, why: &str) {
@@ -279,58 +326,22 @@ impl Brick {
         self.progress.notify_all();
     }
 
+    pub(super) fn has_failed(&self) -> bool {
+        !self.failed.lock().is_empty()
+    }
+
     /// A store error: fails the brick if the disk is broken.
-    pub(super) fn complain(&self, error: &crate::store::StoreError) {
+    pub(super) fn complain(&self, error: &StoreError) {
         if error.is_disk_failure() {
             self.fail(&error.to_string());
         }
     }
 
-    pub(super) fn ask_to_stop(&self) {
-        self.stopping.store(true, Ordering::Release);
-        self.replica.lock().agree_to_out();
-    }
-
-    /// The configuration still has it, so that clients wait for it.
-    pub(super) fn still_wanted(&self) -> bool {
-        let replica = self.replica.lock();
-        replica.is_live() && replica.state() != BrickState::Out && !replica.has_failed()
-    }
-
-    /// The end of a clean stop `[E5]`.
-    pub(super) fn stop(&self) {
-        self.close();
-        let until = Instant::now() + Duration::from_secs(3);
-        while Instant::now() < until && !self.replica.lock().is_drained() {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let drained = self.replica.lock().is_drained();
-        if !drained || self.replica.lock().has_failed() {
-            tracing::warn!(brick = %self.id, "stopped without being drained: its next start counts as unclean");
-            return;
-        }
-        let began = self.now_ms() + 1;
-        if let Err(e) = self.objects.flush_all() {
-            tracing::error!(brick = %self.id, "cannot be flushed: {e}");
-            return;
-        }
-        {
-            let mut replica = self.replica.lock();
-            for (ino, extents) in replica.clearable_intents(began, 0) {
-                let cleared = replica.clear_intents(ino, &extents, began);
-                self.journal.remove(cleared.into_iter().map(|e| Removal::Intent(ino, e)).collect());
-            }
-        }
-        match self.journal.set_clean() {
-            Ok(()) => tracing::info!(brick = %self.id, "stopped cleanly"),
-            Err(e) => tracing::error!(brick = %self.id, "the clean stop cannot be recorded: {e}"),
-        }
-    }
-
+    /// Takes no more requests.
     pub(super) fn close(&self) {
-        self.closed.store(true, Ordering::Release);
-        for socket in self.connections.lock().values() {
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+        self.is_closed.store(true, Ordering::Release);
+        for connection in self.connections.lock().values() {
+            connection.cut();
         }
         self.progress.notify_all();
     }
@@ -346,6 +357,10 @@ impl Brick {
             }
             Err(e) => self.complain(&e),
         }
+    }
+
+    pub(super) fn total_bytes(&self) -> u64 {
+        self.space.lock().0
     }
 
     pub(super) fn beat(&self) -> peer::BrickBeat {
@@ -373,15 +388,21 @@ impl Brick {
             free_bytes,
             missed_regions,
             repaired_bytes: self.repaired_bytes.load(Ordering::Relaxed),
-            stopping: self.stopping.load(Ordering::Acquire),
+            stopping: self.is_stopping.load(Ordering::Acquire),
         }
     }
 
     pub(super) fn heartbeat_answered(&self, sent: Instant, reply: &peer::HeartbeatReply) {
-        let sent_ms = sent.saturating_duration_since(self.began).as_millis() as u64 + 1;
-        let until = sent_ms + self.read_lease_ms.load(Ordering::Relaxed);
+        // [R1] `sent` was taken from a clock that stands still while the machine sleeps: if it slept, nobody knows how long
+        // ago that was.
+        let slept = slept_ms();
+        let had_slept = self.slept_ms.swap(slept, Ordering::Relaxed);
+        let now = self.now_ms();
         let mut replica = self.replica.lock();
-        replica.lease_answered(until, LogIndex(reply.commit));
+        if slept <= had_slept + CLOCK_SLACK_MS {
+            let sent_ms = now.saturating_sub(sent.elapsed().as_millis() as u64 + 1);
+            replica.lease_answered(sent_ms + self.read_lease_ms.load(Ordering::Relaxed), LogIndex(reply.commit));
+        }
         if reply.asked_out.contains(&self.id.0) && !replica.has_agreed() {
             tracing::warn!(brick = %self.id, "clients cannot reach this brick; the leader asked it to go out, and it agreed");
             replica.agree_to_out();
@@ -390,29 +411,24 @@ impl Brick {
 
     /// What this brick knows of repair: what others miss, and, as its own, what it has planned.
     pub(super) fn heal(&self) -> cluster::BrickHealReply {
-        let lists: Vec<(Slot, Vec<(Ino, mortar_proto::interval::IntervalSet)>)> = {
+        let lists: Vec<(Slot, Vec<(Ino, IntervalSet)>)> = {
             let replica = self.replica.lock();
             Slot::ALL
                 .into_iter()
                 .map(|x| (x, if x == self.slot { replica.planned_regions() } else { replica.missed(x) }))
                 .collect()
         };
-        let row = |(ino, regions): (Ino, mortar_proto::interval::IntervalSet)| {
+        let row = |(ino, regions): (Ino, IntervalSet)| {
             let size = self.objects.stat(ino).map_or(0, |s| s.size);
             let size_missed = regions.contains(SIZE_REGION);
+            let clipped = |region: u64| region.saturating_mul(REGION_BYTES).min(size);
             let bytes = regions
                 .iter()
                 .filter(|r| r.start < SIZE_REGION)
-                .map(|r| {
-                    r.end.saturating_mul(REGION_BYTES).min(size).saturating_sub(r.start.saturating_mul(REGION_BYTES))
-                })
+                .map(|r| clipped(r.end).saturating_sub(clipped(r.start)))
                 .sum();
-            cluster::FileMissed {
-                ino: ino.0,
-                regions: regions.len() - u64::from(size_missed),
-                bytes,
-                size: size_missed,
-            }
+            let regions = regions.len() - u64::from(size_missed);
+            cluster::FileMissed { ino: ino.0, regions, bytes, size: size_missed }
         };
         let missed = lists
             .into_iter()

@@ -2,42 +2,128 @@
 //!
 //! | file | owns |
 //! | --- | --- |
-//! | `mod` | the keeper: which bricks there are; applying the log to them in order |
-//! | `brick` | one brick: its replica machine, store and journal; heartbeats; failing and stopping |
+//! | `mod` | the keeper: which bricks there are; telling each what the log says, in order |
+//! | `brick` | one brick: its replica machine, store and journal; heartbeats; failing |
+//! | `stop` | the end of a brick: a clean stop `[E5]` |
+//! | `chores` | what a brick does on its disk because names change: its tree, objects that are gone |
 //! | `serve` | connections |
-//! | `requests` | running a request: admission, durability, data, answer |
+//! | `answers` | what goes out on a connection, and how much may wait |
+//! | `requests` | taking a request in: what is refused, what is done at once, who does the rest |
+//! | `run` | running a request: admission, durability, data, answer |
+//! | `list` | lists of regions and extents, in pages |
 //! | `pull` | taking ranges from another brick `[S2]`, `[W2]` |
+//! | `peers` | connections to other bricks |
 //! | `tasks` | what a brick does by itself: plan and end of repair `[S1]`, `[S4]`, clearing intents `[W7]`, probing the disk `[E4]` |
+//!
+//! A disk that hangs harms its own brick only: each brick has threads of its own, and nothing waits for a disk while it
+//! looks at the log's state.
 
+mod answers;
 mod brick;
+mod chores;
+mod list;
+mod peers;
 mod pull;
 mod requests;
+mod run;
 mod serve;
+mod stop;
 mod tasks;
+#[cfg(test)]
+mod tests;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use mortar_proto::config::{Configuration, Slot};
 use mortar_proto::metadata::Effect;
+use mortar_proto::metadata::options::Options;
 use mortar_proto::metadata::state::{Node, State};
 use mortar_proto::wire::{cluster, peer};
-use mortar_proto::{BootId, BrickId, Ino, LogIndex, SetId};
+use mortar_proto::{BootId, BrickId, ConfigNo, Epoch, Ino, LogIndex, SessionId, SetId, VolumeId};
 use parking_lot::RwLock;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::log::{Applied, Log};
-use brick::Brick;
+use brick::{Brick, Opening};
+use chores::Chore;
+
+/// How much a brick may lag behind the log (I9); one that does is given up, for its disk hangs.
+const MAX_EVENTS: usize = 1_000_000;
+/// How long a clean stop waits to be put out: clients then need not find out by themselves.
+const STOP_WAIT: Duration = Duration::from_secs(4);
+
+/// What the log tells a brick, in the log's order.
+#[derive(Clone)]
+enum Event {
+    Whole(Arc<Whole>),
+    Configured(Configuration, Option<Slot>),
+    Leased(Ino, Epoch, SessionId),
+    Reclaimed(Ino),
+    Options(Arc<Options>),
+    Chore(Arc<Chore>),
+    Applied(LogIndex),
+}
+
+/// All that a brick has to know: at the start, and when a snapshot was installed.
+struct Whole {
+    index: LogIndex,
+    configuration: Configuration,
+    cold_starts: Vec<(ConfigNo, BootId)>,
+    leases: Vec<(Ino, Epoch, SessionId)>,
+}
+
+/// Whom an event is for.
+enum For {
+    Set(SetId),
+    Volume(VolumeId),
+}
+
+type Opened = Arc<OnceLock<Result<Arc<Brick>, String>>>;
+
+/// A brick of this server, open or on its way.
+struct Kept {
+    id: BrickId,
+    set: SetId,
+    volume: VolumeId,
+    path: String,
+    events: Sender<Event>,
+    opened: Opened,
+}
+
+impl Kept {
+    fn brick(&self) -> Option<&Arc<Brick>> {
+        self.opened.get()?.as_ref().ok()
+    }
+
+    fn tell(&self, event: Event) {
+        if self.events.len() >= MAX_EVENTS {
+            match self.brick() {
+                Some(brick) => brick.fail("its disk hangs: it lags behind the metadata log without end"),
+                None => drop(self.opened.set(Err("its disk hangs while it is opened".into()))),
+            }
+        }
+        // A failed brick takes nothing more until its next start.
+        let is_well = match self.opened.get() {
+            Some(Ok(brick)) => !brick.has_failed(),
+            Some(Err(_)) => false,
+            None => true,
+        };
+        if is_well {
+            // Nobody listens any more when it has been closed.
+            let _ = self.events.send(event);
+        }
+    }
+}
 
 /// All bricks of this server.
 pub struct Bricks {
     log: Log,
     boot: BootId,
-    bricks: RwLock<HashMap<BrickId, Arc<Brick>>>,
-    /// Bricks that could not be opened, and why.
-    broken: RwLock<BTreeMap<BrickId, String>>,
+    kept: RwLock<BTreeMap<BrickId, Arc<Kept>>>,
 }
 
 impl Bricks {
@@ -48,7 +134,7 @@ impl Bricks {
     pub fn open(log: Log, applied: UnboundedReceiver<Applied>) -> anyhow::Result<Arc<Self>> {
         let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
         let boot = u128::from_str_radix(&text.trim().replace('-', ""), 16)?;
-        let keeper = Arc::new(Self { log, boot: BootId(boot), bricks: RwLock::default(), broken: RwLock::default() });
+        let keeper = Arc::new(Self { log, boot: BootId(boot), kept: RwLock::default() });
         let runner = Arc::clone(&keeper);
         std::thread::Builder::new().name("applier".into()).spawn(move || runner.run(applied))?;
         Ok(keeper)
@@ -59,135 +145,151 @@ impl Bricks {
         let mut covered = LogIndex(0);
         while let Some(next) = applied.blocking_recv() {
             match next {
-                Applied::Reset => covered = self.log.with_state(|state| self.take_all(state)),
+                Applied::Reset => covered = self.take_all(),
                 Applied::Entry { index, effects } => {
                     if index > covered {
-                        self.log.with_state(|state| self.take(state, index, effects));
+                        self.take(index, effects);
                     }
                 }
             }
         }
     }
 
-    /// Makes everything as the state has it.
-    fn take_all(&self, state: &State) -> LogIndex {
-        self.open_bricks(state);
-        let bricks: Vec<Arc<Brick>> = self.bricks.read().values().cloned().collect();
-        for brick in bricks {
-            let Some(set) = state.sets.get(&brick.set) else {
-                self.drop_brick(brick.id);
-                continue;
-            };
-            brick.configured(set.configuration, None);
+    /// Tells all bricks everything, as the state has it.
+    fn take_all(&self) -> LogIndex {
+        // Entries that are no commands do not show in the state; everything up to here is in it.
+        let applied = self.log.applied();
+        let (openings, wholes, index) = self.log.with_state(|state| {
+            let index = applied.max(state.applied);
+            let mut wholes: BTreeMap<SetId, Arc<Whole>> = state
+                .sets
+                .iter()
+                .map(|(set, row)| {
+                    let cold_starts = row.cold_starts.iter().copied().collect();
+                    (*set, Whole { index, configuration: row.configuration, cold_starts, leases: Vec::new() })
+                })
+                .map(|(set, whole)| (set, Arc::new(whole)))
+                .collect();
             for (ino, inode) in &state.inodes {
                 if let Node::File { set, lease } = &inode.node
-                    && *set == brick.set
+                    && let Some(whole) = wholes.get_mut(set).and_then(Arc::get_mut)
                 {
-                    brick.leased(*ino, lease.epoch, lease.holder.unwrap_or_default());
+                    whole.leases.push((*ino, lease.epoch, lease.holder.unwrap_or_default()));
                 }
             }
-            let gone = |ino: &Ino| !state.inodes.contains_key(ino);
-            match brick.objects.inodes() {
-                Ok(inodes) => inodes.into_iter().filter(gone).for_each(|ino| brick.reclaim(ino)),
-                Err(e) => brick.fail(&e.to_string()),
+            (self.openings(state), wholes, index)
+        });
+        openings.into_iter().for_each(|opening| self.keep(opening));
+        for kept in self.all() {
+            match wholes.get(&kept.set) {
+                Some(whole) => kept.tell(Event::Whole(Arc::clone(whole))),
+                None => self.drop_brick(kept.id),
             }
-            brick.mend_tree(state);
-            brick.applied(state.applied);
         }
-        state.applied
+        index
     }
 
-    fn take(&self, state: &State, index: LogIndex, effects: Vec<Effect>) {
+    fn take(&self, index: LogIndex, effects: Vec<Effect>) {
         for effect in effects {
-            match effect {
-                Effect::Configured { set, configuration, cold_start } => {
-                    self.open_bricks(state);
-                    self.of_set(set, |brick| brick.configured(configuration, cold_start));
-                }
-                Effect::Leased { set, ino, epoch, holder } => {
-                    self.of_set(set, |brick| brick.leased(ino, epoch, holder))
-                }
-                Effect::Reclaimed { set, ino } => self.of_set(set, |brick| brick.reclaim(ino)),
-                Effect::Named { volume, change } => {
-                    self.each(|brick| {
-                        if brick.volume == volume {
-                            brick.change_tree(&change, state);
-                        }
-                    });
-                }
-                Effect::Owned { volume, ino } => {
-                    self.each(|brick| {
-                        if brick.volume == volume {
-                            brick.owned(ino, state);
-                        }
-                    });
-                }
-                Effect::VolumeChanged { volume } => match state.volumes.get(&volume) {
-                    Some(row) => self.each(|brick| {
-                        if brick.volume == volume {
-                            brick.set_options(&mortar_proto::metadata::options::Options::of(row));
-                        }
-                    }),
-                    None => {
-                        let gone: Vec<BrickId> =
-                            self.bricks.read().values().filter(|b| b.volume == volume).map(|b| b.id).collect();
-                        gone.into_iter().for_each(|id| self.drop_brick(id));
-                    }
-                },
-                Effect::SessionEnded { .. } => {}
+            let (openings, told) = self.log.with_state(|state| self.told(state, index, effect));
+            openings.into_iter().for_each(|opening| self.keep(opening));
+            if let Some((whom, event)) = told {
+                let is_meant = |kept: &Arc<Kept>| match whom {
+                    For::Set(set) => kept.set == set,
+                    For::Volume(volume) => kept.volume == volume,
+                };
+                self.all().iter().filter(|kept| is_meant(kept)).for_each(|kept| kept.tell(event.clone()));
             }
         }
-        self.each(|brick| brick.applied(index));
+        self.all().iter().for_each(|kept| kept.tell(Event::Applied(index)));
+    }
+
+    /// What an effect means for bricks; the state may be beyond it already.
+    fn told(&self, state: &State, index: LogIndex, effect: Effect) -> (Vec<Opening>, Option<(For, Event)>) {
+        let mut openings = Vec::new();
+        let told = match effect {
+            Effect::Configured { set, configuration, cold_start } => {
+                openings = self.openings(state);
+                Some((For::Set(set), Event::Configured(configuration, cold_start)))
+            }
+            Effect::Leased { set, ino, epoch, holder } => Some((For::Set(set), Event::Leased(ino, epoch, holder))),
+            Effect::Reclaimed { set, ino } => Some((For::Set(set), Event::Reclaimed(ino))),
+            Effect::Named { volume, change } => {
+                let chore = Chore::named(index, change, state);
+                Some((For::Volume(volume), Event::Chore(Arc::new(chore))))
+            }
+            Effect::Owned { volume, ino } => {
+                Chore::owned(index, ino, state).map(|chore| (For::Volume(volume), Event::Chore(Arc::new(chore))))
+            }
+            Effect::VolumeChanged { volume } => match state.volumes.get(&volume) {
+                Some(row) => Some((For::Volume(volume), Event::Options(Arc::new(Options::of(row))))),
+                None => {
+                    self.all().iter().filter(|k| k.volume == volume).for_each(|k| self.drop_brick(k.id));
+                    None
+                }
+            },
+            Effect::SessionEnded { .. } => None,
+        };
+        (openings, told)
+    }
+
+    /// Bricks of this server that are not kept yet.
+    fn openings(&self, state: &State) -> Vec<Opening> {
+        let me = self.log.identity().server;
+        let kept = self.kept.read();
+        let new = state.bricks.iter().filter(|(id, row)| row.server == me && !kept.contains_key(id));
+        new.filter_map(|(id, row)| Opening::of(*id, row, state)).collect()
+    }
+
+    /// Opens a brick, in the thread that will tell it what the log says.
+    fn keep(&self, opening: Opening) {
+        let (events, told) = unbounded();
+        let opened = Opened::default();
+        let kept = Kept {
+            id: opening.id,
+            set: opening.set,
+            volume: opening.volume,
+            path: opening.path.clone(),
+            events,
+            opened: Arc::clone(&opened),
+        };
+        self.kept.write().insert(kept.id, Arc::new(kept));
+        let (log, boot) = (self.log.clone(), self.boot);
+        let result = Arc::clone(&opened);
+        let spawned = std::thread::Builder::new()
+            .name("brick-log".into())
+            .spawn(move || feed(&opening, log, boot, &result, &told));
+        if let Err(e) = spawned {
+            let _ = opened.set(Err(format!("no thread for it can be started: {e}")));
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Kept>> {
+        self.kept.read().values().cloned().collect()
     }
 
     fn each(&self, act: impl Fn(&Brick)) {
-        let bricks: Vec<Arc<Brick>> = self.bricks.read().values().cloned().collect();
-        bricks.iter().for_each(|b| act(b));
-    }
-
-    fn of_set(&self, set: SetId, act: impl Fn(&Brick)) {
-        self.each(|brick| {
-            if brick.set == set {
-                act(brick);
-            }
-        });
-    }
-
-    /// Opens bricks of this server that are not open.
-    fn open_bricks(&self, state: &State) {
-        let me = self.log.identity().server;
-        for (id, row) in &state.bricks {
-            if row.server != me || self.bricks.read().contains_key(id) || self.broken.read().contains_key(id) {
-                continue;
-            }
-            match Brick::open(*id, row, state, self.log.clone(), self.boot) {
-                Ok(brick) => {
-                    tracing::info!(brick = %id, path = row.path, "brick is open");
-                    self.bricks.write().insert(*id, brick);
-                }
-                Err(e) => {
-                    tracing::error!(brick = %id, path = row.path, "cannot open the brick: {e:#}");
-                    self.broken.write().insert(*id, format!("{e:#}"));
-                }
-            }
-        }
+        self.all().iter().filter_map(|kept| kept.brick()).for_each(|brick| act(brick));
     }
 
     fn drop_brick(&self, id: BrickId) {
-        if let Some(brick) = self.bricks.write().remove(&id) {
-            tracing::info!(brick = %id, "the brick's volume was deleted; its files stay in {}", brick.root().display());
-            brick.close();
+        // Its thread ends, and closes it, when nobody can tell it anything any more.
+        if let Some(kept) = self.kept.write().remove(&id) {
+            tracing::info!(brick = %id, "the brick's volume was deleted; its files stay in {}", kept.path);
+            if let Some(brick) = kept.brick() {
+                brick.close();
+            }
         }
     }
 
     /// What the bricks say in a heartbeat.
     #[must_use]
     pub fn beats(&self) -> Vec<peer::BrickBeat> {
-        let mut beats: Vec<peer::BrickBeat> = self.bricks.read().values().map(|b| b.beat()).collect();
-        for (id, why) in &*self.broken.read() {
-            beats.push(peer::BrickBeat { brick: id.0, failed: why.clone(), ..peer::BrickBeat::default() });
-        }
-        beats
+        let beat = |kept: &Arc<Kept>| match kept.opened.get()? {
+            Ok(brick) => Some(brick.beat()),
+            Err(why) => Some(peer::BrickBeat { brick: kept.id.0, failed: why.clone(), ..peer::BrickBeat::default() }),
+        };
+        self.all().iter().filter_map(beat).collect()
     }
 
     /// The leader answered a heartbeat that was sent at `sent` `[R1]`.
@@ -198,14 +300,14 @@ impl Bricks {
     /// What a brick knows of repair.
     #[must_use]
     pub fn heal(&self, brick: BrickId) -> Option<cluster::BrickHealReply> {
-        self.bricks.read().get(&brick).map(|b| b.heal())
+        self.brick(brick).map(|b| b.heal())
     }
 
     /// Serves a connection of the data plane, in threads of its own.
     pub fn serve_data(self: &Arc<Self>, socket: TcpStream, from: SocketAddr) {
         let keeper = Arc::clone(self);
         let spawned = std::thread::Builder::new().name("data".into()).spawn(move || {
-            if let Err(e) = serve::connection(&keeper, &socket, from) {
+            if let Err(e) = serve::connection(&keeper, &socket) {
                 tracing::info!(%from, "connection closed: {e:#}");
             }
             let _ = socket.shutdown(std::net::Shutdown::Both);
@@ -216,22 +318,58 @@ impl Bricks {
     }
 
     fn brick(&self, id: BrickId) -> Option<Arc<Brick>> {
-        self.bricks.read().get(&id).cloned()
+        self.kept.read().get(&id)?.brick().cloned()
     }
 
     /// Stops cleanly `[E5]`: asks to be put out, drains, flushes, records it. Bounded in time.
     pub fn stop(&self) {
         self.each(Brick::ask_to_stop);
-        let until = Instant::now() + Duration::from_secs(4);
-        while Instant::now() < until && self.bricks.read().values().any(|b| b.still_wanted()) {
+        let until = Instant::now() + STOP_WAIT;
+        while Instant::now() < until && self.all().iter().filter_map(|k| k.brick()).any(|b| b.is_still_wanted()) {
             std::thread::sleep(Duration::from_millis(20));
         }
         self.each(Brick::stop);
     }
 }
 
-/// Where a brick's files are: for checks before it is one.
+/// The life of a brick: opened, told what the log says, closed.
+fn feed(opening: &Opening, log: Log, boot: BootId, opened: &Opened, events: &Receiver<Event>) {
+    let (id, path) = (opening.id, &opening.path);
+    // A server that has just started goes through the log once more; a brick that is gone by now is left alone.
+    if log.with_state(|state| !state.bricks.contains_key(&id)) {
+        return;
+    }
+    let brick = match Brick::open(opening, log, boot) {
+        Ok(brick) => {
+            tracing::info!(brick = %id, path, "brick is open");
+            brick
+        }
+        Err(e) => {
+            tracing::error!(brick = %id, path, "cannot open the brick: {e:#}");
+            let _ = opened.set(Err(format!("{e:#}")));
+            return;
+        }
+    };
+    if opened.set(Ok(Arc::clone(&brick))).is_err() {
+        return brick.close();
+    }
+    while let Ok(event) = events.recv() {
+        let brick = &brick;
+        brick.guarded(move || match event {
+            Event::Whole(whole) => brick.take_whole(&whole),
+            Event::Configured(configuration, cold_start) => brick.configured(configuration, cold_start),
+            Event::Leased(ino, epoch, holder) => brick.leased(ino, epoch, holder),
+            Event::Reclaimed(ino) => brick.reclaimed(ino),
+            Event::Options(options) => brick.set_options(&options),
+            Event::Chore(chore) => brick.do_chore(chore),
+            Event::Applied(index) => brick.applied(index),
+        });
+    }
+    brick.close();
+}
+
+/// The name of the volume whose brick `path` is, if it is one: for checks before it becomes another's.
 #[must_use]
-pub fn is_brick(path: &Path) -> Option<String> {
+pub fn is_brick(path: &std::path::Path) -> Option<String> {
     crate::store::volume_of_brick(path).ok().flatten()
 }

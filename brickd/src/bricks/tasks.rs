@@ -1,24 +1,30 @@
 //! What a brick does by itself.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use mortar_proto::config::{Slot, Slots};
-use mortar_proto::replica::Stamp;
-use mortar_proto::wire::data::{self, request::What, response::Outcome};
-use mortar_proto::{ConfigNo, Epoch, Ino, Seq, SessionId};
+use mortar_proto::wire::data::{self, request::What};
+use mortar_proto::{ConfigNo, EXTENT_BYTES, Ino, MAX_FILE_BYTES, SIZE_REGION};
 
 use super::brick::Brick;
 use crate::store::{Record, Removal};
 
-/// How often the end of a repair is looked for.
+/// How often the end of a repair is looked for, and how long it is left alone when others still have something to give.
 const REPAIR_EVERY: Duration = Duration::from_millis(50);
+const REPAIR_AGAIN: Duration = Duration::from_millis(300);
 /// How often intents are cleared, and how long they must have been idle.
 const INTENTS_EVERY: Duration = Duration::from_millis(1000);
 const INTENT_IDLE_MS: u64 = 3_000;
 /// How often the disk is probed.
 const PROBE_EVERY: Duration = Duration::from_millis(1000);
+const SPACE_EVERY: Duration = Duration::from_millis(500);
+/// How often records of files that are gone are looked for.
+const GONE_EVERY: Duration = Duration::from_secs(10);
+/// Extents that a plan takes from another brick, at most (I9).
+const MAX_PLANNED: usize = 1 << 24;
 
 /// Starts the brick's threads; they end with it.
 pub(super) fn start(brick: &Arc<Brick>) -> std::io::Result<()> {
@@ -26,7 +32,9 @@ pub(super) fn start(brick: &Arc<Brick>) -> std::io::Result<()> {
         let weak: Weak<Brick> = Arc::downgrade(brick);
         std::thread::Builder::new().name(name.into()).spawn(move || {
             while let Some(brick) = weak.upgrade().filter(|b| !b.is_closed()) {
-                act(&brick);
+                if !brick.has_failed() {
+                    brick.guarded(|| act(&brick));
+                }
                 drop(brick);
                 std::thread::sleep(every);
             }
@@ -34,7 +42,8 @@ pub(super) fn start(brick: &Arc<Brick>) -> std::io::Result<()> {
     };
     task("brick-repair", REPAIR_EVERY, repair)?;
     task("brick-intents", INTENTS_EVERY, clear_intents)?;
-    task("brick-space", PROBE_EVERY, Brick::look_at_space)?;
+    task("brick-space", SPACE_EVERY, Brick::look_at_space)?;
+    task("brick-gone", GONE_EVERY, |brick| brick.forget_what_is_gone(Vec::new()))?;
     probe(brick)
 }
 
@@ -67,83 +76,90 @@ fn probe(brick: &Arc<Brick>) -> std::io::Result<()> {
     Ok(())
 }
 
-fn stamp(n: ConfigNo) -> Stamp {
-    Stamp { n, epoch: Epoch(0), session: SessionId(0), seq: Seq(0), stable: Seq(0), settled: false }
-}
-
 fn repair(brick: &Brick) {
     let due = brick.replica.lock().plan_due();
     if let Some((n, sources)) = due {
         plan(brick, n, sources);
     }
     let due = brick.replica.lock().finish_due();
-    if let Some((n, in_sync)) = due {
-        finish(brick, n, in_sync);
+    if let Some((n, in_sync)) = due
+        && !finish(brick, n, in_sync)
+    {
+        std::thread::sleep(REPAIR_AGAIN);
     }
+}
+
+/// The intervals of a list, as far as they make sense: another brick's word is no reason to panic.
+fn intervals(file: &data::FileRegions, end: u64) -> impl Iterator<Item = Range<u64>> {
+    file.bounds.chunks_exact(2).map(|b| b[0]..b[1]).filter(move |r| r.start < r.end && r.end <= end)
 }
 
 /// [S1] The plan: own intents, and, unless the stop was clean, those of a source.
 fn plan(brick: &Brick, n: ConfigNo, sources: Slots) {
-    if sources.is_empty() {
-        brick.replica.lock().plan(n, &[]);
-        return;
-    }
-    for source in sources.iter() {
-        let asked = brick.ask_peer(source, Ino(0), &stamp(n), What::IntentList(data::IntentList {}));
-        if let Ok((Some(Outcome::List(list)), _)) = asked {
-            let intents: Vec<(Ino, Vec<u64>)> = list
-                .files
-                .iter()
-                .map(|f| {
-                    (
-                        Ino(f.ino),
-                        f.bounds.chunks_exact(2).flat_map(|b| b[0]..b[1].min(b[0].saturating_add(1 << 40))).collect(),
-                    )
-                })
-                .collect();
-            brick.replica.lock().plan(n, &intents);
-            return;
-        }
+    let mut intents: Vec<(Ino, Vec<u64>)> = Vec::new();
+    let mut listed = 0;
+    let mut ask = |source: Slot| {
+        intents.clear();
+        listed = 0;
+        brick.ask_for_list(source, n, &What::IntentList(data::IntentList {}), |files| {
+            for file in files {
+                let extents: Vec<Range<u64>> = intervals(&file, MAX_FILE_BYTES / EXTENT_BYTES + 1).collect();
+                listed += extents.iter().map(|r| (r.end - r.start) as usize).sum::<usize>();
+                if listed > MAX_PLANNED {
+                    tracing::error!(brick = %brick.id, "brick {} has more intents than can be planned for", source.0);
+                    return false;
+                }
+                intents.push((Ino(file.ino), extents.into_iter().flatten().collect()));
+            }
+            true
+        })
+    };
+    if sources.is_empty() || sources.iter().any(&mut ask) {
+        brick.replica.lock().plan(n, &intents);
+        brick.progress.notify_all();
     }
 }
 
-/// [S4] When nothing is left: take the lists of the others over, flush, and say so.
-fn finish(brick: &Brick, n: ConfigNo, in_sync: Slots) {
+/// [S4] When nothing is left: takes the lists of the others over, flushes, and says so. False: it has to be tried again.
+fn finish(brick: &Brick, n: ConfigNo, in_sync: Slots) -> bool {
+    let missed_of = |x: Slot| What::MissedList(data::MissedList { slot: u32::from(x.0) });
     for slot in in_sync.iter() {
-        for x in Slot::ALL {
-            if x == slot {
-                continue;
-            }
-            let asked =
-                brick.ask_peer(slot, Ino(0), &stamp(n), What::MissedList(data::MissedList { slot: u32::from(x.0) }));
-            let Ok((Some(Outcome::List(list)), _)) = asked else { return };
-            if x == brick.slot {
-                if !list.files.is_empty() {
-                    return;
-                }
-                continue;
-            }
-            let Some(id) = Brick::brick_of(&brick.replica.lock(), x) else { return };
-            let regions = || {
-                list.files.iter().flat_map(|f| {
-                    f.bounds.chunks_exact(2).filter(|b| b[0] < b[1]).map(move |b| (Ino(f.ino), b[0]..b[1]))
-                })
-            };
-            if let Err(e) = brick.journal.add(regions().map(|(ino, r)| Record::Missed(id, ino, r)).collect()) {
-                return brick.fail(&format!("the journal cannot be written: {e}"));
-            }
-            let mut replica = brick.replica.lock();
-            for (ino, r) in regions() {
-                replica.missed_recorded(x, ino, r);
+        // The first page says whether there is anything at all.
+        if !brick.ask_for_list(slot, n, &missed_of(brick.slot), |_| false) {
+            return false;
+        }
+    }
+    for slot in in_sync.iter() {
+        for x in Slot::ALL.into_iter().filter(|x| *x != slot && *x != brick.slot) {
+            if !brick.ask_for_list(slot, n, &missed_of(x), |files| take_over(brick, x, &files)) {
+                return false;
             }
         }
     }
     if let Err(e) = brick.objects.flush_all() {
-        return brick.fail(&e.to_string());
+        brick.fail(&e.to_string());
+        return false;
     }
-    if brick.replica.lock().repaired(n) {
-        tracing::info!(brick = %brick.id, n = n.0, bytes = brick.repaired_bytes.load(Ordering::Relaxed), "repaired");
+    let repaired = brick.replica.lock().repaired(n);
+    if repaired {
+        let bytes = brick.repaired_bytes.load(Ordering::Relaxed);
+        tracing::info!(brick = %brick.id, n = n.0, bytes, "repaired");
     }
+    repaired
+}
+
+fn take_over(brick: &Brick, x: Slot, files: &[data::FileRegions]) -> bool {
+    let Some(id) = Brick::brick_of(&brick.replica.lock(), x) else { return false };
+    let regions = || files.iter().flat_map(|f| intervals(f, SIZE_REGION + 1).map(|r| (Ino(f.ino), r)));
+    if let Err(e) = brick.journal.add(regions().map(|(ino, r)| Record::Missed(id, ino, r)).collect()) {
+        brick.fail(&format!("the journal cannot be written: {e}"));
+        return false;
+    }
+    let mut replica = brick.replica.lock();
+    for (ino, r) in regions() {
+        replica.missed_recorded(x, ino, r);
+    }
+    true
 }
 
 /// [W7] Intents are cleared late and in batches.

@@ -37,8 +37,9 @@ pub(super) struct Machine {
     pub(super) membership: StoredMembership<u64, BasicNode>,
 }
 
+/// Holds the state of one moment: openraft goes on applying entries while the snapshot is built.
 pub(super) struct Builder {
-    shared: Arc<Shared>,
+    state: State,
     db: Db,
     last: Option<LogId<u64>>,
     membership: StoredMembership<u64, BasicNode>,
@@ -50,14 +51,18 @@ fn write_error(e: impl std::fmt::Display) -> StorageError<u64> {
 
 impl RaftSnapshotBuilder<Types> for Builder {
     async fn build_snapshot(&mut self) -> Result<Snapshot<Types>, StorageError<u64>> {
-        // `last` was taken when the builder was made, and openraft applies nothing until this returns.
-        let data = mortar_proto::wire::encode(&*self.shared.state.read());
         let meta = SnapshotMeta {
             last_log_id: self.last,
             last_membership: self.membership.clone(),
             snapshot_id: format!("{}", self.last.map_or(0, |l| l.index)),
         };
-        self.db.save_snapshot(&meta, &data).map_err(write_error)?;
+        let (state, db, kept) = (std::mem::take(&mut self.state), self.db.clone(), meta.clone());
+        // It may take long, and heartbeats must not wait for it.
+        let written = tokio::task::spawn_blocking(move || {
+            let data = mortar_proto::wire::encode(&state);
+            db.save_snapshot(&kept, &data).map(|()| data)
+        });
+        let data = written.await.map_err(write_error)?.map_err(write_error)?;
         Ok(Snapshot { meta, snapshot: Box::new(Cursor::new(data)) })
     }
 }
@@ -99,7 +104,7 @@ impl RaftStateMachine<Types> for Machine {
 
     async fn get_snapshot_builder(&mut self) -> Builder {
         Builder {
-            shared: Arc::clone(&self.shared),
+            state: self.shared.state.read().clone(),
             db: self.db.clone(),
             last: self.last,
             membership: self.membership.clone(),
@@ -121,13 +126,46 @@ impl RaftStateMachine<Types> for Machine {
         *self.shared.state.write() = state;
         self.last = meta.last_log_id;
         self.membership = meta.last_membership.clone();
-        let _ = self.tell.send(Applied::Reset);
+        // The index first: whoever is told looks at it.
         self.shared.applied.send_replace(meta.last_log_id.map_or(0, |l| l.index));
+        let _ = self.tell.send(Applied::Reset);
         Ok(())
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<Types>>, StorageError<u64>> {
         let found = self.db.load_snapshot().map_err(write_error)?;
         Ok(found.map(|(meta, data)| Snapshot { meta, snapshot: Box::new(Cursor::new(data)) }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::log::store;
+    use mortar_proto::metadata::{Command, Entry};
+    use mortar_proto::{ClusterId, wire::decode};
+    use openraft::CommittedLeaderId;
+
+    fn entry(index: u64) -> openraft::Entry<Types> {
+        let command = Command::ServerAdd { server: ServerId(index), address: format!("s{index}:7440") };
+        let log_id = LogId::new(CommittedLeaderId::new(1, 1), index);
+        openraft::Entry { log_id, payload: EntryPayload::Normal(Entry { time_ns: 0, request: None, command }) }
+    }
+
+    /// openraft builds a snapshot beside the entries that it goes on to apply.
+    #[tokio::test]
+    async fn a_snapshot_holds_what_its_index_says_and_nothing_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = store::open(dir.path()).unwrap();
+        let (tell, _told) = mpsc::unbounded_channel();
+        let (_, mut machine, _) = store::split(db, ClusterId(1), tell).unwrap();
+        machine.apply([entry(1), entry(2)]).await.unwrap();
+        let mut builder = machine.get_snapshot_builder().await;
+        machine.apply([entry(3)]).await.unwrap();
+        let built = builder.build_snapshot().await.unwrap();
+        let state: State = decode(built.snapshot.get_ref()).unwrap();
+        assert_eq!(built.meta.last_log_id.map(|id| id.index), Some(2));
+        assert_eq!(state.applied, LogIndex(2));
+        assert_eq!(state.servers.len(), 2);
     }
 }

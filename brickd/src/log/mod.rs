@@ -4,6 +4,7 @@
 //! before it is applied here `[F2]`.
 
 mod machine;
+mod membership;
 mod network;
 mod store;
 
@@ -11,14 +12,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Cursor;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use mortar_proto::metadata::{Command, Effect, Entry, Outcome, State};
 use mortar_proto::{LogIndex, ServerId, SessionId};
 use openraft::error::{CheckIsLeaderError, ClientWriteError, RaftError};
 use openraft::raft::{AppendEntriesRequest, VoteRequest};
-use openraft::{BasicNode, ChangeMembers, Config, Raft, ServerState, SnapshotPolicy};
+use openraft::{BasicNode, Config, Raft, ServerState, SnapshotPolicy};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::identity::Identity;
@@ -31,17 +32,21 @@ openraft::declare_raft_types!(
 );
 
 /// How often the leader says that it lives, in milliseconds.
-const HEARTBEAT_MS: u64 = 120;
-/// How long followers wait for it, at least and at most, in milliseconds.
-const ELECTION_MS: (u64, u64) = (500, 900);
+const HEARTBEAT_MS: u64 = 100;
+/// How long followers wait for it, at least and at most, in milliseconds. They wait the longer one out first, which is the
+/// leader's lease, and then a time between the two: a dead leader is replaced after 0.9 to 1.2 s, and should that election
+/// fail, the next one ends before 2 s.
+const ELECTION_MS: (u64, u64) = (300, 600);
+/// How long a snapshot may be on its way, in milliseconds.
+const SNAPSHOT_MS: u64 = 120_000;
 /// Entries between snapshots.
 const SNAPSHOT_EVERY: u64 = 5_000;
 /// How long a proposal may take: without a quorum it would wait for ever.
 const PROPOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a confirmation of the leadership may take.
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(2);
-/// Voters at most; other servers learn.
-const MAX_VOTERS: usize = 5;
+/// How long a confirmation is tried again when too few answered: a message may be lost, or a disk busy.
+const CONFIRM_PATIENCE: Duration = Duration::from_millis(600);
 
 /// What was applied, in order.
 #[derive(Debug)]
@@ -97,21 +102,43 @@ impl Log {
             heartbeat_interval: HEARTBEAT_MS,
             election_timeout_min: ELECTION_MS.0,
             election_timeout_max: ELECTION_MS.1,
+            install_snapshot_timeout: SNAPSHOT_MS,
             snapshot_policy: SnapshotPolicy::LogsSinceLast(SNAPSHOT_EVERY),
             max_in_snapshot_log_to_keep: 500,
             ..Config::default()
         };
         let config = Arc::new(config.validate().context("the metadata log's times")?);
-        let network = network::Network::new(Arc::clone(&shared));
+        let network = network::Network::new(identity.cluster, Arc::clone(&shared));
         let raft =
             Raft::new(identity.server.0, config, network, logs, machine).await.context("starting the metadata log")?;
         if !identity.absorbed && !raft.is_initialized().await? {
             let me = BTreeMap::from([(identity.server.0, BasicNode::new(address))]);
             raft.initialize(me).await.context("founding a cluster of one")?;
         }
+        tokio::spawn(membership::run(raft.clone(), Arc::clone(&shared)));
         let (confirm, confirmations) = mpsc::unbounded_channel();
         tokio::spawn(confirm_in_batches(raft.clone(), confirmations, Arc::clone(&shared)));
-        Ok((Self { raft, shared, identity, confirm }, applied))
+        let log = Self { raft, shared, identity, confirm };
+        log.tell_of_founder(address).await.context("founding a cluster of one")?;
+        Ok((log, applied))
+    }
+
+    /// The state of a new cluster names its first server before anybody else can be added: one that is in the quorum and
+    /// not named is let out of it. Done again after a crash in the middle; a server with others beside it was named long ago.
+    async fn tell_of_founder(&self, address: &str) -> anyhow::Result<()> {
+        let me = self.identity.server;
+        if self.identity.absorbed || self.with_state(|state| state.servers.contains_key(&me)) {
+            return Ok(());
+        }
+        let alone = self.raft.with_raft_state(move |state| {
+            state.membership_state.effective().membership().nodes().all(|(id, _)| *id == me.0)
+        });
+        if !alone.await? {
+            return Ok(());
+        }
+        self.raft.wait(Some(PROPOSE_TIMEOUT)).state(ServerState::Leader, "a cluster of one elects itself").await?;
+        self.propose(Command::ServerAdd { server: me, address: address.to_owned() }, None).await?;
+        Ok(())
     }
 
     /// Who this server is.
@@ -222,70 +249,17 @@ impl Log {
         self.raft.metrics().borrow().membership_config.membership().voter_ids().map(ServerId).collect()
     }
 
-    /// Takes a server in as a learner.
-    ///
-    /// # Errors
-    /// When this server does not lead, or there is no quorum.
-    pub async fn add_learner(&self, server: ServerId, address: &str) -> anyhow::Result<()> {
-        let add = self.raft.add_learner(server.0, BasicNode::new(address), false);
-        tokio::time::timeout(PROPOSE_TIMEOUT, add).await.context("the metadata log has no quorum just now")??;
-        Ok(())
-    }
-
-    /// Takes a server out of the quorum.
-    ///
-    /// # Errors
-    /// When this server does not lead, or there is no quorum.
-    pub async fn remove_member(&self, server: ServerId) -> anyhow::Result<()> {
-        for change in [
-            ChangeMembers::RemoveVoters(BTreeSet::from([server.0])),
-            ChangeMembers::RemoveNodes(BTreeSet::from([server.0])),
-        ] {
-            let change = self.raft.change_membership(change, false);
-            tokio::time::timeout(PROPOSE_TIMEOUT, change)
-                .await
-                .context("the metadata log has no quorum just now")??;
-        }
-        Ok(())
-    }
-
-    /// As the leader: makes a learner that has caught up a voter, while there are fewer than five. At most one at a time.
-    pub async fn promote_learners(&self) {
-        let candidate = {
-            let metrics = self.raft.metrics();
-            let metrics = metrics.borrow();
-            let Some(replication) = metrics.replication.as_ref().filter(|_| metrics.state == ServerState::Leader)
-            else {
-                return;
-            };
-            let membership = metrics.membership_config.membership();
-            if membership.voter_ids().count() >= MAX_VOTERS {
-                return;
-            }
-            let last = metrics.last_log_index.unwrap_or(0);
-            let caught_up =
-                |id: &u64| replication.get(id).and_then(|l| l.as_ref()).is_some_and(|l| l.index + 200 >= last);
-            membership.learner_ids().find(caught_up)
-        };
-        if let Some(id) = candidate {
-            let change = self.raft.change_membership(ChangeMembers::AddVoterIds(BTreeSet::from([id])), true);
-            match tokio::time::timeout(PROPOSE_TIMEOUT, change).await {
-                Ok(Ok(_)) => tracing::info!(server = format!("{id:x}"), "votes now"),
-                Ok(Err(e)) => tracing::debug!("a learner could not be made a voter yet: {e}"),
-                Err(_) => {}
-            }
-        }
-    }
-
-    /// For the peer service: openraft's own messages.
-    pub(crate) async fn append(&self, rpc: AppendEntriesRequest<Types>) -> Result<Vec<u8>, RaftError<u64>> {
+    /// For the peer service: openraft's own messages. Refused when they are meant for another server.
+    pub(crate) async fn append(&self, body: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let rpc: AppendEntriesRequest<Types> = network::open(&self.identity, body)?;
         Ok(mortar_proto::wire::encode(&self.raft.append_entries(rpc).await?))
     }
-    pub(crate) async fn vote(&self, rpc: VoteRequest<u64>) -> Result<Vec<u8>, RaftError<u64>> {
+    pub(crate) async fn vote(&self, body: &[u8]) -> anyhow::Result<Vec<u8>> {
+        let rpc: VoteRequest<u64> = network::open(&self.identity, body)?;
         Ok(mortar_proto::wire::encode(&self.raft.vote(rpc).await?))
     }
     pub(crate) async fn snapshot(&self, body: &[u8]) -> anyhow::Result<Vec<u8>> {
-        let (vote, meta, data): network::SnapshotMessage = mortar_proto::wire::decode(body)?;
+        let (vote, meta, data): network::SnapshotMessage = network::open(&self.identity, body)?;
         let snapshot = openraft::Snapshot { meta, snapshot: Box::new(std::io::Cursor::new(data)) };
         Ok(mortar_proto::wire::encode(&self.raft.install_full_snapshot(vote, snapshot).await?))
     }
@@ -307,8 +281,8 @@ async fn confirm_in_batches(
         while let Ok(more) = asked.try_recv() {
             batch.push(more);
         }
-        let answer = match tokio::time::timeout(CONFIRM_TIMEOUT, raft.get_read_log_id()).await {
-            Ok(Ok((read, _))) => Ok(LogIndex(read.map_or(0, |l| l.index))),
+        let answer = match tokio::time::timeout(CONFIRM_TIMEOUT, confirmed(&raft)).await {
+            Ok(Ok(read)) => Ok(read),
             Ok(Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to)))) => {
                 Err(ProposeError::NotLeader(to.leader_id.and_then(|id| shared.address_of(id))))
             }
@@ -317,6 +291,20 @@ async fn confirm_in_batches(
         };
         for tell in batch {
             let _ = tell.send(answer.clone());
+        }
+    }
+}
+
+/// Asks the quorum, and again for a while when too few answered.
+async fn confirmed(raft: &Raft<Types>) -> Result<LogIndex, RaftError<u64, CheckIsLeaderError<u64, BasicNode>>> {
+    let began = Instant::now();
+    loop {
+        match raft.get_read_log_id().await {
+            Ok((read, _)) => return Ok(LogIndex(read.map_or(0, |l| l.index))),
+            Err(RaftError::APIError(CheckIsLeaderError::QuorumNotEnough(_))) if began.elapsed() < CONFIRM_PATIENCE => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(e) => return Err(e),
         }
     }
 }

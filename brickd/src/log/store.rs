@@ -42,6 +42,8 @@ struct Inner {
     /// The last index that is durable.
     durable: AtomicU64,
     syncing: Mutex<()>,
+    /// Held while a snapshot takes the place of an older one.
+    snapshots: Mutex<()>,
     flush: mpsc::UnboundedSender<(u64, LogFlushed<Types>)>,
 }
 
@@ -58,7 +60,13 @@ pub(super) fn open(dir: &Path) -> anyhow::Result<Db> {
     let db = DB::open_cf(&options, dir, [LOG, META])
         .with_context(|| format!("cannot open the metadata log in {}", dir.display()))?;
     let (flush, asked) = mpsc::unbounded_channel();
-    let db = Db(Arc::new(Inner { db, durable: AtomicU64::new(0), syncing: Mutex::new(()), flush }));
+    let db = Db(Arc::new(Inner {
+        db,
+        durable: AtomicU64::new(0),
+        syncing: Mutex::new(()),
+        snapshots: Mutex::new(()),
+        flush,
+    }));
     // What was found at the start is durable.
     let last = db.last_index()?.unwrap_or(0);
     db.0.durable.store(last, Ordering::Release);
@@ -146,6 +154,12 @@ impl Db {
     }
 
     pub(super) fn save_snapshot(&self, meta: &SnapshotMeta<u64, BasicNode>, data: &[u8]) -> anyhow::Result<()> {
+        let _one = self.0.snapshots.lock();
+        // One that was built while a newer one came from the leader: the log between the two is gone already.
+        let kept: Option<SnapshotMeta<u64, BasicNode>> = self.get(SNAPSHOT_META)?;
+        if kept.is_some_and(|kept| kept.last_log_id > meta.last_log_id) {
+            return Ok(());
+        }
         let mut batch = WriteBatch::default();
         batch.put_cf(self.cf(META)?, SNAPSHOT_META, encode(meta));
         batch.put_cf(self.cf(META)?, SNAPSHOT, data);

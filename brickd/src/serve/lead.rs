@@ -203,11 +203,12 @@ pub(super) fn start(server: &Arc<Server>) {
         loop {
             tokio::time::sleep(Duration::from_millis(500)).await;
             if members.log.is_leader() {
-                members.log.promote_learners().await;
                 let me = members.log.identity().server;
-                let known =
-                    members.log.with_state(|s| s.servers.get(&me).is_some_and(|s| s.address == members.address));
-                if !known {
+                // One that moved tells where to. A leader that is not named was removed, and the log is about to let it out
+                // of the quorum.
+                let moved =
+                    members.log.with_state(|s| s.servers.get(&me).is_some_and(|s| s.address != members.address));
+                if moved {
                     let command = Command::ServerAdd { server: me, address: members.address.clone() };
                     let _ = members.log.propose(command, None).await;
                 }

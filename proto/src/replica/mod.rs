@@ -291,10 +291,12 @@ impl Replica {
     }
 
     /// Bricks that are `InSync` by the applied configuration miss nothing: their lists, kept from an earlier absence, are
-    /// dropped. Returns the slots and files whose records the store may forget.
+    /// dropped. Returns the slots and files whose records the store may forget. A brick that has just started goes through
+    /// old configurations again, in which a brick that is out by now was still `InSync`: until its own start is registered
+    /// it forgets nothing.
     #[must_use]
     pub fn forget_missed_of_in_sync(&mut self) -> Vec<(Slot, Ino)> {
-        let Some(configuration) = self.configuration else { return Vec::new() };
+        let Some(configuration) = self.configuration.filter(|_| self.is_live()) else { return Vec::new() };
         let mut dropped = Vec::new();
         for (ino, file) in &mut self.files {
             for x in configuration.in_sync().iter() {

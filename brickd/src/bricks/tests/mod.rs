@@ -1,0 +1,5 @@
+//! What bricks promise, over real disks and sockets.
+
+mod data_plane;
+mod repair;
+mod world;
