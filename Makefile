@@ -1,7 +1,7 @@
 # The few things people type. The target directory is outside the clone, so that RocksDB is compiled once per machine.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/mortar/target
 
-.PHONY: help build demo test sim
+.PHONY: help build demo test bench sim
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -14,6 +14,9 @@ demo:            ## the main job, told as a story
 
 test:            ## the whole gate
 	tests/prepare.sh all && tests/gate.sh
+
+bench:           ## speed, beside the local XFS and a FUSE file system that does nothing (a release build of its own)
+	tests/prepare.sh all && cargo build --release --workspace --bins && tests/bench.sh $(BENCH)
 
 SEEDS ?= 10000
 sim:             ## many simulations: make sim SEEDS=100000

@@ -30,6 +30,7 @@ want util-linux losetup
 want fuse3 fusermount3
 want procps pgrep
 want attr setfattr
+want jq jq
 
 # Licences and sources of dependencies are checked with cargo-deny, kept beside the target directory.
 tools=${MORTAR_TOOLS:-$HOME/.cache/mortar/tools}

@@ -1,7 +1,7 @@
 //! A whole Mortar for a test: real daemons on real XFS, made and ended by `mortar playground`, in a directory of its own.
 //!
-//! Dropping it ends every process it started and leaves nothing behind; what the daemons logged is printed when the test
-//! fails. Tests that need what a machine may lack ask [`missing`] first.
+//! A test is a closure that [`with_world`] runs: it ends every process that was started and leaves nothing behind; what the
+//! daemons logged is printed when the closure fails. What a killed test run left behind is removed by the next one.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
+
+/// How much of each log a failure shows.
+const LOG_LINES: usize = 60;
 
 /// The volume that a playground has.
 pub const VOLUME: &str = "vmstore";
@@ -91,41 +94,66 @@ pub fn eventually(what: &str, limit: Duration, mut is_so: impl FnMut() -> Result
     }
 }
 
+/// Runs `story` in a world of its own, unless the machine lacks what that takes.
+///
+/// # Errors
+/// What the story failed with; what the daemons logged is printed then.
+pub fn with_world(name: &str, story: impl FnOnce(&mut World) -> Result<()>) -> Result<()> {
+    if missing().is_some() {
+        return Ok(());
+    }
+    sweep();
+    let mut world = World::new(name)?;
+    let result = story(&mut world);
+    world.failed = result.is_err();
+    result
+}
+
+/// The same, with a mount.
+///
+/// # Errors
+/// As [`with_world`].
+pub fn with_mount(name: &str, story: impl FnOnce(&mut World, &Path) -> Result<()>) -> Result<()> {
+    with_world(name, |world| {
+        let mount = world.mount("m1")?;
+        story(world, &mount)
+    })
+}
+
+/// Worlds lie in `/var/tmp/mortar-test-NAME-PID`.
+const PREFIX: &str = "mortar-test-";
+
+/// Takes down worlds whose test run is dead, a killed one for instance.
+fn sweep() {
+    let Ok(entries) = std::fs::read_dir("/var/tmp") else { return };
+    for dir in entries.flatten().map(|entry| entry.path()) {
+        let name = dir.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+        let owner = name.strip_prefix(PREFIX).and_then(|rest| rest.rsplit('-').next()?.parse::<u32>().ok());
+        if owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            println!("taking down what a dead test run left in {}", dir.display());
+            World { dir, mounts: Vec::new(), servers: String::new(), failed: false }.take_down();
+        }
+    }
+}
+
 /// Three daemons, a volume, and perhaps mounts.
 #[derive(Debug)]
 pub struct World {
     dir: PathBuf,
     mounts: Vec<PathBuf>,
     servers: String,
+    failed: bool,
 }
 
 impl World {
     /// Three servers with a brick each on an XFS of its own, and the volume started.
-    ///
-    /// # Errors
-    /// When something does not start.
-    pub fn new(name: &str) -> Result<Self> {
-        let dir = PathBuf::from(format!("/var/tmp/mortar-test-{name}-{}", std::process::id()));
-        let world = Self { dir, mounts: Vec::new(), servers: String::new() };
+    fn new(name: &str) -> Result<Self> {
+        let dir = PathBuf::from(format!("/var/tmp/{PREFIX}{name}-{}", std::process::id()));
         // From here on a failure cleans up, by drop.
-        let mut world = world;
+        let mut world = Self { dir, mounts: Vec::new(), servers: String::new(), failed: false };
         world.playground(&["up", "--xfs", "--brick-size", "4G"])?;
-        world.servers = world.status()?["mortar_servers"].as_str().map(str::to_owned).unwrap_or_else(|| {
-            let addresses =
-                world.status().ok().and_then(|s| s["mortar_servers"].as_array().cloned()).unwrap_or_default();
-            addresses.iter().filter_map(Value::as_str).collect::<Vec<_>>().join(",")
-        });
+        world.servers = world.status()?["mortar_servers"].as_str().context("no addresses")?.to_owned();
         Ok(world)
-    }
-
-    /// The same, mounted once.
-    ///
-    /// # Errors
-    /// When something does not start.
-    pub fn mounted(name: &str) -> Result<(Self, PathBuf)> {
-        let mut world = Self::new(name)?;
-        let mount = world.mount("m1")?;
-        Ok((world, mount))
     }
 
     /// A further mount, named.
@@ -251,20 +279,46 @@ impl World {
     }
 }
 
-impl Drop for World {
-    fn drop(&mut self) {
-        for mount in &self.mounts {
+impl World {
+    /// The ends of all logs, without what openraft says of every lost connection.
+    fn print_logs(&self) {
+        let mut logs: Vec<PathBuf> = ["server1/log", "server2/log", "server3/log"].map(|l| self.dir.join(l)).into();
+        logs.extend(self.mounts.iter().map(|m| m.with_extension("log")));
+        for log in logs {
+            let text = std::fs::read_to_string(&log).unwrap_or_default();
+            let lines: Vec<&str> = text.lines().filter(|l| !l.contains("openraft")).collect();
+            println!("---- {}\n{}", log.display(), lines[lines.len().saturating_sub(LOG_LINES)..].join("\n"));
+        }
+    }
+
+    /// Unmounts, ends all daemons, removes the directory. What stays, because something is still mounted there, is named.
+    fn take_down(&mut self) {
+        let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let points = mounted.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from);
+        // Mounts of the volume lie in the directory itself; bricks' file systems are the playground's to unmount.
+        for mount in points.filter(|p| p.parent() == Some(&self.dir) && !self.is_brick(p)) {
             let _ = Command::new("umount").arg("-l").arg(mount).status();
         }
-        if std::thread::panicking() {
-            for log in ["server1/log", "server2/log", "server3/log", "m1.log", "m2.log"] {
-                if let Ok(text) = std::fs::read_to_string(self.dir.join(log)) {
-                    let lines: Vec<&str> = text.lines().filter(|l| !l.contains("openraft")).collect();
-                    println!("---- {log}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
-                }
-            }
+        let down = self.playground(&["down"]);
+        let mounted = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        let inside = format!(" {}/", self.dir.display());
+        if mounted.contains(&inside) {
+            println!("{} stays: something is still mounted in it ({down:?})", self.dir.display());
+        } else {
+            let _ = std::fs::remove_dir_all(&self.dir);
         }
-        let _ = self.playground(&["down"]);
-        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+
+    fn is_brick(&self, point: &Path) -> bool {
+        point.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("brick"))
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if self.failed || std::thread::panicking() {
+            self.print_logs();
+        }
+        self.take_down();
     }
 }
