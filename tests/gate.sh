@@ -28,9 +28,10 @@ step "the pure build of proto" pure
 step "programs" cargo build --workspace --bins
 # Always the whole workspace, so that nothing is compiled twice with other features.
 step "unit tests" tests --workspace --lib --bins
-step "command lines" tests --workspace --test local --test playground --test talk --test refusals
+step "command lines" tests --workspace --test local --test playground --test talk --test refusals --test helper
 step "what programs expect, on a local file system" tests --workspace --test scenarios
 step "simulations" tests --workspace --test sim -- --nocapture
+step "quorum" tests --workspace --test quorum
 step "cluster" tests --workspace --test cluster -- --test-threads=1 --nocapture
 step "mount" tests --workspace --test mount -- --test-threads=1 --nocapture
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --exclude mortar-tests --no-deps

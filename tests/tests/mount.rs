@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use mortar_tests::harness::{eventually, sh, with_mount};
+use mortar_tests::scenarios;
 use serde_json::Value;
 
 /// fio that writes and verifies for some seconds.
@@ -107,7 +108,6 @@ fn a_hung_leader_costs_a_pause_and_comes_back() -> Result<()> {
 }
 
 #[test]
-#[ignore = "fails about one run in three: a brick does not always come back by itself within 90 s (see docs/testing.md)"]
 fn all_daemons_are_killed_at_once_and_nothing_acknowledged_is_lost() -> Result<()> {
     with_mount("all", |world, mount| {
         sh(&format!(
@@ -212,5 +212,17 @@ fn two_mounts_see_each_others_changes_at_once() -> Result<()> {
             "exec 3<>{a}/open; echo kept >&3; rm {b}/open; [ \"$(cat /proc/self/fd/3 || cat <&3)\" != lost ]"
         ))?;
         Ok(())
+    })
+}
+
+#[test]
+fn what_programs_expect_of_a_directory_holds_on_the_mount_and_between_two() -> Result<()> {
+    with_mount("promises", |world, one| {
+        let other = world.mount("m2")?;
+        std::fs::create_dir(one.join("one"))?;
+        std::fs::create_dir(one.join("two"))?;
+        scenarios::run_one(&one.join("one"))?;
+        scenarios::run_two(&one.join("two"), &other.join("two"))?;
+        world.bricks_are_equal()
     })
 }

@@ -43,19 +43,21 @@ pub enum End {
 impl Id {
     /// The process that has this pid now.
     fn of(pid: i32) -> Option<Self> {
-        let (_, start_ticks) = stat(pid)?;
+        let Stat { start_ticks, .. } = stat(pid)?;
         Some(Self { pid, start_ticks, boot_seconds: boot_seconds()? })
     }
 
-    /// The kernel's letter for its state (`R`, `S`, `T` …); `None` when it is dead, also when nobody has buried it yet.
+    /// The kernel's letter for its state (`R`, `S`, `T` …); `None` when it is dead, also when nobody has buried it yet. One
+    /// whose first thread is dead while others still die holds its files and locks: it is not dead.
     pub fn state(self) -> Option<char> {
         // When it is a child of this very process, bury it.
         if let Some(pid) = Pid::from_raw(self.pid) {
             let _ = waitpid(Some(pid), WaitOptions::NOHANG);
         }
-        let (state, start_ticks) = stat(self.pid)?;
+        let Stat { state, threads, start_ticks } = stat(self.pid)?;
         let same = start_ticks == self.start_ticks && boot_seconds() == Some(self.boot_seconds);
-        (same && !matches!(state, 'Z' | 'X')).then_some(state)
+        let is_dead = matches!(state, 'Z' | 'X') && threads <= 1;
+        (same && !is_dead).then_some(state)
     }
 
     /// True while it lives.
@@ -201,14 +203,22 @@ pub fn last_lines(log: &Path) -> String {
     }
 }
 
-/// State letter and start time of a pid.
-fn stat(pid: i32) -> Option<(char, u64)> {
+/// Fields 3, 20 and 22 of `/proc/PID/stat`.
+struct Stat {
+    state: char,
+    threads: u64,
+    start_ticks: u64,
+}
+
+fn stat(pid: i32) -> Option<Stat> {
     let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name, in parentheses, may hold anything, parentheses and blanks too.
     let after = &text[text.rfind(')')? + 1..];
     let mut fields = after.split_whitespace();
     let state = fields.next()?.chars().next()?;
-    Some((state, fields.nth(18)?.parse().ok()?))
+    let threads = fields.nth(16)?.parse().ok()?;
+    let start_ticks = fields.nth(1)?.parse().ok()?;
+    Some(Stat { state, threads, start_ticks })
 }
 
 fn boot_seconds() -> Option<u64> {
