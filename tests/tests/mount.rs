@@ -223,6 +223,10 @@ fn what_programs_expect_of_a_directory_holds_on_the_mount_and_between_two() -> R
         std::fs::create_dir(one.join("two"))?;
         scenarios::run_one(&one.join("one"))?;
         scenarios::run_two(&one.join("two"), &other.join("two"))?;
+        // diff has no time for 4 TiB of zeros, and knows nothing of pipes.
+        for odd in ["sparse-4-tib", "special-files"] {
+            std::fs::remove_dir_all(one.join("one").join(odd))?;
+        }
         world.bricks_are_equal()
     })
 }

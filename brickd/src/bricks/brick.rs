@@ -379,7 +379,7 @@ impl Brick {
             incarnation: self.registration.incarnation.0,
             boot: id_bytes(self.registration.boot.0),
             clean: self.registration.clean,
-            agreed: replica.has_agreed(),
+            agreed_under: replica.agreed_under().0,
             failed,
             n: report.map_or(0, |r| r.n.0),
             missed_empty: report.map_or(0, |r| u32::from(r.missed_empty.0)),

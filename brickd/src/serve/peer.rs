@@ -129,7 +129,7 @@ impl Server {
                     boot: BootId(id_from(&b.boot).unwrap_or(0)),
                     clean: b.clean,
                 },
-                agreed: b.agreed,
+                agreed_under: ConfigNo(b.agreed_under),
                 failed: !b.failed.is_empty(),
                 stopping: b.stopping,
                 n: ConfigNo(b.n),

@@ -18,6 +18,10 @@ pub const LEADER_KEY: &str = "mortar-leader";
 
 /// How long a connection may take to be made.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1000);
+/// A server that hangs is known to within the sum of both: before an `io-timeout` ends, so that a report of a brick that hangs
+/// with the leader finds the next leader at once.
+const ALIVE_EVERY: Duration = Duration::from_millis(400);
+const ALIVE_TIMEOUT: Duration = Duration::from_millis(1000);
 /// The wait before the servers are gone round again.
 const ROUND_WAIT: Duration = Duration::from_millis(60);
 /// Addresses that are remembered at most.
@@ -90,8 +94,8 @@ impl Control {
             .map_err(|e| Status::invalid_argument(format!("{server} is no address of a server: {e}")))?
             .connect_timeout(CONNECT_TIMEOUT)
             .tcp_nodelay(true)
-            .http2_keep_alive_interval(Duration::from_secs(1))
-            .keep_alive_timeout(Duration::from_secs(2))
+            .http2_keep_alive_interval(ALIVE_EVERY)
+            .keep_alive_timeout(ALIVE_TIMEOUT)
             .keep_alive_while_idle(true);
         let channel = endpoint.connect_lazy();
         known.channels.insert(server.to_owned(), channel.clone());

@@ -358,6 +358,8 @@ pub struct Coordinator {
     next_seq: Seq,
     next_request: u64,
     links: Slots,
+    /// Since when there is no link, as far as it was noticed.
+    unlinked_ms: [Option<u64>; 3],
     waiting: VecDeque<Waiting>,
     mutations: BTreeMap<Seq, mutate::InFlight>,
     flushes: Vec<mutate::Flushing>,
@@ -398,6 +400,7 @@ impl Coordinator {
             next_seq: Seq(1),
             next_request: 1,
             links,
+            unlinked_ms: [None; 3],
             waiting: VecDeque::new(),
             mutations: BTreeMap::new(),
             flushes: Vec::new(),

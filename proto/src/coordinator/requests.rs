@@ -8,6 +8,9 @@ use crate::types::Seq;
 const RETRY_MS: u64 = 50;
 /// How long until the same brick is reported again, and the log is asked again.
 const REPORT_AGAIN_MS: u64 = 300;
+/// How long there may be no connection to a brick before that is reported: one that is just being made, or made anew for
+/// another session, is no failure. A brick that died is put out no later by it, for its read lease lasts longer `[E1]`.
+const LINK_GRACE_MS: u64 = 300;
 /// How long after the last activity bricks are told the stable seq, so that they can forget what is in doubt `[W6]`.
 const SETTLE_AFTER_MS: u64 = 500;
 
@@ -148,22 +151,18 @@ impl Coordinator {
 
     pub(super) fn link_down(&mut self, slot: Slot, now_ms: u64, effects: &mut Vec<Effect>) {
         self.links.remove(slot);
+        self.unlinked_ms[slot.index()] = Some(now_ms);
         let mut reads = Vec::new();
-        let mut waits = false;
         for (id, o) in &self.outstanding {
-            if o.slot == slot {
-                match o.job {
-                    Job::Read(op) => reads.push((*id, op)),
-                    _ => waits = true,
-                }
+            if o.slot == slot
+                && let Job::Read(op) = o.job
+            {
+                reads.push((*id, op));
             }
         }
         for (id, op) in reads {
             self.outstanding.remove(&id);
             self.read_answered(op, slot, Answer::Behind, now_ms, effects);
-        }
-        if waits {
-            self.suspect(slot, now_ms, effects);
         }
     }
 
@@ -196,13 +195,18 @@ impl Coordinator {
         for id in due {
             self.resend(id, now_ms, effects);
         }
+        for slot in Slot::ALL {
+            let since = &mut self.unlinked_ms[slot.index()];
+            *since = if self.links.has(slot) { None } else { since.or(Some(now_ms)) };
+        }
         let mut late = crate::config::Slots::NONE;
         for o in self.outstanding.values() {
             let silent = o.since_ms + self.timeouts.io_timeout_ms <= now_ms;
             if silent && !matches!(o.job, Job::RepairList(_)) {
                 late.insert(o.slot);
             }
-            if !self.links.has(o.slot) && !matches!(o.job, Job::Read(_)) {
+            let unlinked = self.unlinked_ms[o.slot.index()].is_some_and(|at| at + LINK_GRACE_MS <= now_ms);
+            if unlinked && !matches!(o.job, Job::Read(_)) {
                 late.insert(o.slot);
             }
         }

@@ -334,6 +334,11 @@ impl Replica {
             self.agreement = Agreement::Given;
         }
     }
+    /// The applied configuration, if the brick has agreed under it; otherwise 0.
+    #[must_use]
+    pub fn agreed_under(&self) -> ConfigNo {
+        self.configuration.filter(|_| self.has_agreed()).map_or(ConfigNo(0), |c| c.n)
+    }
     /// It has agreed.
     #[must_use]
     pub fn has_agreed(&self) -> bool {

@@ -377,7 +377,7 @@ impl World {
         let beat = Beat {
             brick: replica.brick(),
             registration: brick.registration,
-            agreed: replica.has_agreed(),
+            agreed_under: replica.agreed_under(),
             failed: replica.has_failed(),
             stopping: brick.stopping.is_some(),
             n: report.map_or(ConfigNo(0), |r| r.n),

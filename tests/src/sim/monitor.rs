@@ -126,7 +126,7 @@ impl Monitor {
         for slot in c.writable().iter() {
             // An agreement lasts until the brick is `InSync` again, so it says nothing about a `Syncing` one.
             let agreed = self.live(log, now_ms, slot).is_some_and(|b| {
-                b.agreed && b.n == n && (b.failed || b.stopping || c.state(slot) == BrickState::InSync)
+                b.agreed_under == n && (b.failed || b.stopping || c.state(slot) == BrickState::InSync)
             });
             let silent = self.answered_ms[slot.index()] + lapse <= now_ms && self.since_ms + lapse <= now_ms;
             let useless = c.state(slot) == BrickState::Syncing && self.suspected[slot.index()] == Some(n);

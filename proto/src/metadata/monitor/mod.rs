@@ -10,6 +10,9 @@ use crate::config::{BrickState, Configuration, Slot, Slots};
 use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
 use std::collections::BTreeMap;
 
+#[cfg(test)]
+mod tests;
+
 /// What a brick says in a heartbeat.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Beat {
@@ -17,8 +20,9 @@ pub struct Beat {
     pub brick: BrickId,
     /// Its present start.
     pub registration: Registration,
-    /// It serves no reads until it was put out and came back `[E1]`.
-    pub agreed: bool,
+    /// The configuration that it had applied when it said that it serves no reads until it was put out and came back `[E1]`;
+    /// 0 when it does not say so. What it said under an older one may be over.
+    pub agreed_under: ConfigNo,
     /// It declares itself failed `[E4]` (and has agreed).
     pub failed: bool,
     /// It is shutting down cleanly `[E5]` (and has agreed).
@@ -48,6 +52,9 @@ pub struct Timing {
 
 /// The wait of a brick that is put out again is at its first value if it was well for this long.
 const FORGIVEN_AFTER_MS: u64 = 120_000;
+
+/// A brick that was silent for so long is put out though nobody complains of it.
+const ABSENT_MS: u64 = 5_000;
 
 #[derive(Clone, Copy, Debug)]
 struct Heard {
@@ -144,7 +151,10 @@ impl Monitor {
             self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms, first_ms });
             let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n);
             // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out.
-            if suspected && !beat.agreed && self.may_put_out(state, &set.configuration, slot, now_ms) {
+            if suspected
+                && beat.agreed_under != set.configuration.n
+                && self.may_put_out(state, &set.configuration, slot, now_ms)
+            {
                 asked.push(beat.brick);
             }
         }
@@ -168,7 +178,7 @@ impl Monitor {
         }
         configuration.in_sync().without(slot).iter().any(|s| {
             let brick = configuration.members[s.index()].brick;
-            let well = self.heard.get(&brick).is_some_and(|h| !h.beat.failed && !h.beat.agreed);
+            let well = self.heard.get(&brick).is_some_and(|h| !h.beat.failed && h.beat.agreed_under != configuration.n);
             well && self.living(state, brick, now_ms)
         })
     }
@@ -272,17 +282,18 @@ impl Monitor {
             let heard = self.heard.get(&brick);
             let registered = Self::registered(state, brick);
             let own = heard.filter(|h| h.beat.registration.incarnation == registered).map(|h| h.beat);
-            let wants = own.is_some_and(|b| b.failed || b.stopping || b.agreed);
+            // One that has agreed stays so until it is InSync again [E1]: while it is Syncing that is no wish to leave.
+            let in_sync = configuration.state(slot) == BrickState::InSync;
+            let agreed = own.is_some_and(|b| b.agreed_under == configuration.n);
+            let wants = own.is_some_and(|b| b.failed || b.stopping) || agreed && in_sync;
             let suspected = self.suspected.get(&brick) == Some(&configuration.n);
-            if !wants && !suspected {
-                continue;
-            }
-            let agreed = own.is_some_and(|b| b.agreed || b.failed || b.stopping);
             let last = heard.map_or(self.elected_ms, |h| h.answered_ms.max(self.elected_ms));
             let silent = now_ms >= last + self.silence_ms();
+            if !wants && !suspected && now_ms < last + self.silence_ms().max(ABSENT_MS) {
+                continue;
+            }
             // A Syncing brick serves no reads, so nothing has to run out.
-            let serves_none = configuration.state(slot) == BrickState::Syncing;
-            if (agreed || silent || serves_none) && self.may_put_out(state, configuration, slot, now_ms) {
+            if (agreed || silent || !in_sync) && self.may_put_out(state, configuration, slot, now_ms) {
                 let past = self.past.entry(brick).or_default();
                 if past.out_since_ms.is_none() && past.failed_ms + 1000 < now_ms {
                     past.failures = if past.failed_ms + FORGIVEN_AFTER_MS < now_ms { 1 } else { past.failures + 1 };

@@ -1,0 +1,193 @@
+//! The leader's proposals, with the real machine of bricks behind the heartbeats.
+
+use super::*;
+use crate::config::BrickState::{InSync, Out};
+use crate::metadata::{BrickPlace, Entry};
+use crate::replica::{Recorded, Replica};
+use crate::types::{BootId, ClusterId, LogIndex, ServerId};
+
+const TIMING: Timing = Timing {
+    read_lease_ms: 1000,
+    clock_margin_ms: 100,
+    cold_start_wait_ms: 30_000,
+    back_off_ms: 200,
+    back_off_max_ms: 60_000,
+};
+const STEP_MS: u64 = 50;
+const ALL_IN: [BrickState; 3] = [InSync; 3];
+
+struct Cluster {
+    state: State,
+    monitor: Monitor,
+    replicas: Vec<Replica>,
+    /// Its heartbeats come through.
+    up: [bool; 3],
+    now_ms: u64,
+    done: Vec<Command>,
+}
+
+impl Cluster {
+    /// Three bricks that have become `InSync`.
+    fn new() -> Self {
+        let mut state = State::new(ClusterId(1));
+        let server = ServerId(9);
+        let place = |i: u32| BrickPlace { server, path: format!("/b{i}") };
+        let commands = [
+            Command::ServerAdd { server, address: "s:1".into() },
+            Command::VolumeCreate { name: "v".into(), sets: vec![[place(0), place(1), place(2)]], force: true },
+            Command::VolumeStart { name: "v".into() },
+        ];
+        for command in commands {
+            Self::apply(&mut state, command);
+        }
+        let members = state.sets.values().next().expect("a set").configuration.members;
+        let replica = |slot: Slot| {
+            let incarnation = Incarnation(100 + u64::from(slot.0));
+            Replica::new(members[slot.index()].brick, slot, incarnation, Recorded::default())
+        };
+        let mut cluster = Self {
+            state,
+            monitor: Monitor::new(TIMING, 1_000_000),
+            replicas: Slot::ALL.into_iter().map(replica).collect(),
+            up: [true; 3],
+            now_ms: 1_000_000,
+            done: Vec::new(),
+        };
+        cluster.run(1000);
+        assert_eq!(cluster.states(), ALL_IN);
+        cluster.done.clear();
+        cluster
+    }
+
+    fn apply(state: &mut State, command: Command) {
+        let index = LogIndex(state.applied.0 + 1);
+        state.apply(index, &Entry { time_ns: 0, request: None, command });
+    }
+
+    fn configuration(&self) -> Configuration {
+        self.state.sets.values().next().expect("a set").configuration
+    }
+    fn states(&self) -> [BrickState; 3] {
+        self.configuration().members.map(|m| m.state)
+    }
+    fn suspect(&mut self, slot: Slot) {
+        let (set, n) = (*self.state.sets.keys().next().expect("a set"), self.configuration().n);
+        self.monitor.suspect(&self.state, self.now_ms, set, n, slot);
+    }
+    fn times_put_out(&self, slot: Slot) -> usize {
+        self.done.iter().filter(|c| matches!(c, Command::PutOut { slot: s, .. } if *s == slot)).count()
+    }
+
+    /// The brick applies the log, and, `Syncing`, finds nothing to repair.
+    fn brick_applies(&mut self, slot: Slot) {
+        let (configuration, index) = (self.configuration(), self.state.applied);
+        let replica = &mut self.replicas[slot.index()];
+        let _ = replica.configured(configuration, None);
+        replica.applied(index);
+        if let Some((n, _)) = replica.plan_due() {
+            replica.plan(n, &[]);
+        }
+        if let Some((n, _)) = replica.finish_due() {
+            replica.repaired(n);
+        }
+    }
+
+    fn brick_beats(&mut self, slot: Slot) {
+        let replica = &mut self.replicas[slot.index()];
+        let report = replica.report();
+        let incarnation = Incarnation(100 + u64::from(slot.0));
+        let beat = Beat {
+            brick: replica.brick(),
+            registration: Registration { incarnation, boot: BootId(1), clean: false },
+            agreed_under: replica.agreed_under(),
+            failed: replica.has_failed(),
+            stopping: false,
+            n: report.map_or(ConfigNo(0), |r| r.n),
+            missed_empty: report.map_or(Slots::NONE, |r| r.missed_empty),
+            repaired: report.is_some_and(|r| r.repaired),
+        };
+        let asked = self.monitor.heartbeat(&self.state, self.now_ms, &[beat]);
+        replica.lease_answered(self.now_ms + TIMING.read_lease_ms, self.state.applied);
+        if asked.contains(&replica.brick()) {
+            replica.agree_to_out();
+        }
+    }
+
+    fn leader_looks(&mut self) {
+        for command in self.monitor.poll(&self.state, self.now_ms) {
+            if let Command::PutOut { slot, .. } = command {
+                let serves = self.replicas[slot.index()].may_read(self.now_ms);
+                assert!(!serves, "[E1]: {slot:?} serves reads and is put out, after {:?}", self.done);
+            }
+            self.done.push(command.clone());
+            Self::apply(&mut self.state, command);
+        }
+    }
+
+    fn run(&mut self, ms: u64) {
+        for _ in 0..ms / STEP_MS {
+            self.now_ms += STEP_MS;
+            let up = self.up;
+            for slot in Slot::ALL.into_iter().filter(|s| up[s.index()]) {
+                self.brick_applies(slot);
+                self.brick_beats(slot);
+            }
+            self.leader_looks();
+        }
+    }
+}
+
+#[test]
+fn a_brick_that_agreed_to_go_comes_back_once_and_for_all() {
+    let mut cluster = Cluster::new();
+    let slot = Slot(2);
+    cluster.suspect(slot);
+    cluster.run(150);
+    assert_eq!(cluster.states(), [InSync, InSync, Out]);
+    cluster.run(2000);
+    assert_eq!((cluster.states(), cluster.times_put_out(slot)), (ALL_IN, 1), "{:?}", cluster.done);
+}
+
+#[test]
+fn what_a_brick_agreed_to_before_it_came_back_is_not_believed_afterwards() {
+    let mut cluster = Cluster::new();
+    let slot = Slot(2);
+    cluster.suspect(slot);
+    while cluster.states() != ALL_IN || cluster.done.is_empty() {
+        cluster.run(STEP_MS);
+    }
+    // It knows that it is InSync; the last that the leader heard of it is from before.
+    cluster.brick_applies(slot);
+    assert!(cluster.replicas[2].may_read(cluster.now_ms));
+    cluster.suspect(slot);
+    cluster.leader_looks();
+    assert_eq!(cluster.times_put_out(slot), 1);
+}
+
+#[test]
+fn a_brick_that_is_gone_is_put_out_though_nobody_complains() {
+    let mut cluster = Cluster::new();
+    cluster.up[1] = false;
+    cluster.run(ABSENT_MS - 500);
+    assert_eq!(cluster.states(), ALL_IN);
+    cluster.run(1000);
+    assert_eq!(cluster.states(), [InSync, Out, InSync]);
+    // Two are gone: the last one stays.
+    cluster.up[2] = false;
+    cluster.run(10 * ABSENT_MS);
+    assert_eq!(cluster.states(), [InSync, Out, InSync]);
+    cluster.up = [true; 3];
+    cluster.run(2000);
+    assert_eq!(cluster.states(), ALL_IN);
+}
+
+#[test]
+fn a_brick_that_clients_cannot_reach_and_the_leader_cannot_either_goes_when_its_lease_is_over() {
+    let mut cluster = Cluster::new();
+    cluster.up[0] = false;
+    cluster.suspect(Slot(0));
+    cluster.run(TIMING.read_lease_ms);
+    assert_eq!(cluster.states(), ALL_IN);
+    cluster.run(200);
+    assert_eq!(cluster.states(), [Out, InSync, InSync]);
+}
