@@ -101,7 +101,7 @@ impl Flags {
 /// Starts logging to stderr.
 pub fn start_log(config: &Config) {
     let filter = EnvFilter::try_from_default_env()
-        .or_else(|_| EnvFilter::try_new(format!("{},openraft=off", config.log_level)))
+        .or_else(|_| EnvFilter::try_new(format!("{},openraft=off,h2=error", config.log_level)))
         .unwrap_or_else(|_| EnvFilter::new("info"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
     if config.log_json {

@@ -1,6 +1,6 @@
 //! The machines keep their promises in a world where everything fails, for as many seeds as there is time for.
 //!
-//! `MORTAR_SIM_SEEDS` says how many (300), `MORTAR_SIM_SEED` replays one, `MORTAR_SIM_FROM` starts at a given one,
+//! `MORTAR_SIM_SEEDS` says how many (3000), `MORTAR_SIM_SEED` replays one, `MORTAR_SIM_FROM` starts at a given one,
 //! `MORTAR_SIM_EVENTS` says how many of a failing run's events are shown (60).
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -35,7 +35,7 @@ fn no_seed_breaks_a_rule() {
     let from = number("MORTAR_SIM_FROM").unwrap_or_else(|| {
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as u64 % 1_000_000_000_000)
     });
-    let seeds = number("MORTAR_SIM_SEEDS").unwrap_or(300);
+    let seeds = number("MORTAR_SIM_SEEDS").unwrap_or(3000);
     println!("{seeds} seeds from {from}");
     let keep_going = number("MORTAR_SIM_KEEP_GOING").is_some();
     let mut seen = std::collections::BTreeMap::new();

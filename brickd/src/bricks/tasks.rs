@@ -49,7 +49,7 @@ pub(super) fn start(brick: &Arc<Brick>) -> std::io::Result<()> {
 
 /// [E4] A probe write that fails or hangs fails the brick. Two threads: one that may hang, one that watches it.
 fn probe(brick: &Arc<Brick>) -> std::io::Result<()> {
-    let finished = Arc::new(AtomicU64::new(brick.now_ms()));
+    let finished = Arc::new(AtomicU64::new(0));
     let weak = Arc::downgrade(brick);
     let tell = Arc::clone(&finished);
     std::thread::Builder::new().name("brick-probe".into()).spawn(move || {
@@ -57,16 +57,21 @@ fn probe(brick: &Arc<Brick>) -> std::io::Result<()> {
             if let Err(e) = brick.objects.probe() {
                 brick.complain(&e);
             }
-            tell.store(brick.now_ms(), Ordering::Release);
+            tell.fetch_add(1, Ordering::Release);
             drop(brick);
             std::thread::sleep(PROBE_EVERY);
         }
     })?;
     let weak = Arc::downgrade(brick);
     std::thread::Builder::new().name("brick-watch".into()).spawn(move || {
+        // Counted in the watcher's own turns, not by the clock: the whole daemon may have stood still, and the disk not.
+        let (mut seen, mut turns) = (0, 0);
         while let Some(brick) = weak.upgrade().filter(|b| !b.is_closed()) {
-            let patience = PROBE_EVERY.as_millis() as u64 + brick.io_timeout_ms.load(Ordering::Relaxed).max(1000) * 5;
-            if finished.load(Ordering::Acquire) + patience < brick.now_ms() {
+            let now = finished.load(Ordering::Acquire);
+            turns = if now == seen { turns + 1 } else { 0 };
+            seen = now;
+            let patience = brick.io_timeout_ms.load(Ordering::Relaxed).max(1000) * 5 / PROBE_EVERY.as_millis() as u64;
+            if turns > patience + 1 {
                 brick.fail("a probe write to the disk hangs");
             }
             drop(brick);

@@ -197,18 +197,13 @@ impl Session for Server {
     async fn suspect(&self, request: Request<SuspectRequest>) -> Result<Response<Empty>, Status> {
         let r = request.into_inner();
         let slot = Slot::ALL.get(r.slot as usize).copied().ok_or_else(|| Status::invalid_argument("no such slot"))?;
-        let now = self.now_ms();
-        self.lead(|leader| {
-            self.log.with_state(|state| leader.monitor.suspect(state, now, SetId(r.set), ConfigNo(r.n), slot));
+        let is_news = self.lead(|leader| {
+            self.log.with_state(|state| leader.monitor.suspect(state, SetId(r.set), ConfigNo(r.n), slot))
         })?;
-        tracing::info!(
-            set = r.set,
-            slot = r.slot,
-            n = r.n,
-            session = r.session,
-            "a client complains of a brick: {}",
-            r.why
-        );
+        if is_news {
+            let (set, slot, n, session) = (r.set, r.slot, r.n, r.session);
+            tracing::info!(set, slot, n, session, "a client complains of a brick: {}", r.why);
+        }
         self.poke_leader();
         Ok(Response::new(Empty {}))
     }

@@ -23,7 +23,7 @@ use crate::wire::{data, id_bytes, id_from};
 /// How long a connection may take to be made, and its hello to be answered.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1000);
 /// The waits between attempts, first and longest.
-const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
 /// `MSG_DONTWAIT | MSG_NOSIGNAL` of Linux.
 const SEND_NOW: i32 = 0x40 | 0x4000;
 

@@ -593,6 +593,8 @@ impl Coordinator {
         }
         self.configuration = configuration;
         self.reported_ms = [None; 3];
+        // A brick that has just come back is given time to be connected to.
+        self.unlinked_ms = [None; 3];
         self.repairs = [None, None, None];
         self.waiting.retain(|w| !matches!(w, Waiting::Repair { .. }));
         self.outstanding.retain(|_, o| matches!(o.job, requests::Job::Read(_)));

@@ -10,7 +10,7 @@ const RETRY_MS: u64 = 50;
 const REPORT_AGAIN_MS: u64 = 300;
 /// How long there may be no connection to a brick before that is reported: one that is just being made, or made anew for
 /// another session, is no failure. A brick that died is put out no later by it, for its read lease lasts longer `[E1]`.
-const LINK_GRACE_MS: u64 = 300;
+const LINK_GRACE_MS: u64 = 500;
 /// How long after the last activity bricks are told the stable seq, so that they can forget what is in doubt `[W6]`.
 const SETTLE_AFTER_MS: u64 = 500;
 
@@ -55,8 +55,6 @@ impl Coordinator {
         self.outstanding.insert(id, Outstanding { slot, job, body, seq, since_ms: now_ms, again_ms: None });
         if up {
             effects.push(Effect::Send(self.request(id, slot, body, seq)));
-        } else if !matches!(job, Job::Read(_)) {
-            self.suspect(slot, now_ms, effects);
         }
         id
     }

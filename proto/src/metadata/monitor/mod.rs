@@ -161,14 +161,11 @@ impl Monitor {
         asked
     }
 
-    /// A client says that a brick failed or did not answer, under configuration `n` `[W4]`.
-    pub fn suspect(&mut self, state: &State, _now_ms: u64, set: SetId, n: ConfigNo, slot: Slot) {
-        let Some(row) = state.sets.get(&set) else { return };
-        if row.configuration.n == n
-            && let Some(member) = row.configuration.members.get(slot.index())
-        {
-            self.suspected.insert(member.brick, n);
-        }
+    /// A client says that a brick failed or did not answer, under configuration `n` `[W4]`. True when that is news.
+    pub fn suspect(&mut self, state: &State, set: SetId, n: ConfigNo, slot: Slot) -> bool {
+        let configuration = state.sets.get(&set).map(|row| row.configuration).filter(|c| c.n == n);
+        let member = configuration.and_then(|c| c.members.get(slot.index()).copied());
+        member.is_some_and(|m| self.suspected.insert(m.brick, n) != Some(n))
     }
 
     /// [E2] With `slot` out, an `InSync` brick stays that lives, and two that are written to.

@@ -72,7 +72,7 @@ impl Cluster {
     }
     fn suspect(&mut self, slot: Slot) {
         let (set, n) = (*self.state.sets.keys().next().expect("a set"), self.configuration().n);
-        self.monitor.suspect(&self.state, self.now_ms, set, n, slot);
+        self.monitor.suspect(&self.state, set, n, slot);
     }
     fn times_put_out(&self, slot: Slot) -> usize {
         self.done.iter().filter(|c| matches!(c, Command::PutOut { slot: s, .. } if *s == slot)).count()
