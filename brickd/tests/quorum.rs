@@ -12,6 +12,7 @@ use mortar_proto::client::control::Control;
 use mortar_proto::metadata::{Command, Outcome, State};
 use mortar_proto::wire::cluster::cluster_client::ClusterClient;
 use mortar_proto::wire::cluster::{Empty, ServerAddRequest, ServerRemoveRequest};
+use mortar_proto::wire::session::{OpenRequest, session_client::SessionClient};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -301,4 +302,22 @@ fn a_server_that_lost_its_disk_is_not_drawn_into_the_quorum_by_its_old_address()
     assert!(state.sessions.is_empty(), "it applied entries of a cluster that it does not belong to");
     assert_eq!(state.servers.keys().copied().collect::<Vec<_>>(), [fresh.server]);
     assert!(nodes[2].log().is_leader(), "it is a cluster of one");
+}
+
+#[test]
+fn the_session_that_has_every_volume_is_for_the_servers_own_machine_only() {
+    let dir = TempDir::new().unwrap();
+    let node = Node::start(&dir.path().join("a"));
+    until("a leader", || node.log().is_leader().then_some(()));
+    let open = |from: &str| {
+        let from = from.parse().unwrap();
+        let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", node.address)).unwrap();
+        client().block_on(async move {
+            let channel = endpoint.local_address(Some(from)).connect().await.unwrap();
+            let request = OpenRequest { nonce: vec![7; 16].into(), volume: String::new(), client: "test".into() };
+            SessionClient::new(channel).open(request).await.map(|_| ())
+        })
+    };
+    assert_eq!(open("127.0.0.2").unwrap_err().code(), tonic::Code::PermissionDenied);
+    until("the leader takes its own", || open("127.0.0.1").ok());
 }

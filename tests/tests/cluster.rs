@@ -51,3 +51,22 @@ fn commands_are_answered_again_soon_after_the_leader_was_killed_and_after_all_we
         Ok(())
     })
 }
+
+#[test]
+fn who_is_not_in_auth_allow_cannot_mount() -> Result<()> {
+    with_world("allow", |world| {
+        world.mortar(&format!("volume set {VOLUME} auth.allow 10.9.9.0/24"))?;
+        let on = tempfile::tempdir()?;
+        let source = format!("{}:/{VOLUME}", world.servers());
+        let mount = || Command::new(program("mortar-mount")).arg(&source).arg(on.path()).output();
+        let refused = mount()?;
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        ensure!(refused.status.code() == Some(1), "{:?}: {said}", refused.status);
+        ensure!(said.contains("127.0.0.1 may not mount volume vmstore") && said.contains("10.9.9.0/24"), "{said}");
+        world.mortar(&format!("volume set {VOLUME} auth.allow 10.9.9.0/24,127.0.0.1"))?;
+        let taken = mount()?;
+        ensure!(taken.status.success(), "{}", String::from_utf8_lossy(&taken.stderr));
+        ensure!(Command::new("umount").arg(on.path()).status()?.success(), "it does not unmount");
+        Ok(())
+    })
+}

@@ -257,6 +257,11 @@ mod tests {
     fn a_process_is_found_by_the_mark_it_was_started_with() {
         let dir = tempfile::tempdir().unwrap();
         let id = start(Path::new("/bin/sleep"), ["60"], dir.path(), &dir.path().join("log")).unwrap();
+        // The kernel shows a program's environment a moment after it has been started.
+        let until = Instant::now() + Duration::from_secs(10);
+        while marked(dir.path()).is_empty() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
         assert_eq!(marked(dir.path()), [id]);
         end(id, End::Kill).unwrap();
         assert_eq!(marked(dir.path()), []);
