@@ -19,7 +19,8 @@ pub struct Flags {
     /// Where to listen; port 0 takes any free one and keeps it
     #[arg(long, value_name = "ADDR:PORT")]
     listen: Option<String>,
-    /// How clients and other servers reach this one, if not by the address it listens on
+    /// How clients and other servers reach this one, if not by the address it listens on, or, when that is every address, by
+    /// the host name
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
     /// A TOML file with the same keys (state-dir, listen, advertise, log-level, log-json)
@@ -53,6 +54,14 @@ pub struct Config {
     log_json: bool,
 }
 
+/// The host name and the port, when every address is listened on.
+fn own_name(listen: SocketAddr) -> Option<String> {
+    let name = rustix::system::uname();
+    let name = name.nodename().to_str().ok()?;
+    let is_name = !name.is_empty() && name != "localhost" && name != "(none)";
+    (listen.ip().is_unspecified() && listen.port() != 0 && is_name).then(|| format!("{name}:{}", listen.port()))
+}
+
 impl Flags {
     /// Flags and file together.
     ///
@@ -71,7 +80,7 @@ impl Flags {
         let listen: SocketAddr = listen.parse().with_context(|| {
             format!("{listen:?} is no address to listen on; write an IP address and a port, like 10.0.0.1:7440")
         })?;
-        let advertise = self.advertise.or(filed.advertise);
+        let advertise = self.advertise.or(filed.advertise).or_else(|| own_name(listen));
         if let Some(address) = &advertise
             && !address
                 .rsplit_once(':')
@@ -81,8 +90,10 @@ impl Flags {
         }
         if advertise.is_none() && listen.ip().is_unspecified() {
             bail!(
-                "{} is every address of this server, so others cannot be told one: give --advertise HOST:PORT",
-                listen.ip()
+                "{} is every address of this server, and its host name {:?} is none that others could reach: give \
+                 --advertise HOST:PORT",
+                listen.ip(),
+                rustix::system::uname().nodename()
             );
         }
         let log_level = self.log_level.or(filed.log_level).unwrap_or_else(|| "info".into());

@@ -40,7 +40,8 @@ use crate::source::Source;
 #[derive(Parser)]
 #[command(version, max_term_width = 100)]
 struct Arguments {
-    /// Servers and volume: SERVER[:PORT][,SERVER…]:/VOLUME. Any one server that answers suffices.
+    /// Servers and volume.
+    #[arg(help = "Servers and volume: SERVER[:PORT][,SERVER…]:/VOLUME. Any one server that answers suffices")]
     source: String,
     /// The directory on which to mount.
     path: PathBuf,
