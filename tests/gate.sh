@@ -30,6 +30,7 @@ step "programs" cargo build --workspace --bins
 step "unit tests" tests --workspace --lib --bins
 step "command lines" tests --workspace --test local --test playground --test talk --test refusals --test helper
 step "what programs expect, on a local file system" tests --workspace --test scenarios
+step "decoders and the state, with anything" tests --workspace --test decoders
 step "simulations" tests --workspace --test sim -- --nocapture
 step "quorum" tests --workspace --test quorum
 step "cluster" tests --workspace --test cluster -- --test-threads=1 --nocapture
