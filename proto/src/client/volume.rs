@@ -160,7 +160,8 @@ pub struct Volume {
     next_request: AtomicU64,
     next_name: AtomicU64,
     open: Mutex<HashSet<Ino>>,
-    suspected: Mutex<HashMap<(SetId, Slot, ConfigNo), u64>>,
+    /// Bricks that the leader was told of, and when it had taken that in; `None` while it is being told.
+    suspected: Mutex<HashMap<(SetId, Slot, ConfigNo), Option<u64>>>,
     names: tokio::sync::Semaphore,
 }
 
@@ -556,7 +557,7 @@ impl Volume {
             self.perform(&file, todo);
         }
         self.grant_permits();
-        self.suspected.lock().retain(|_, at| *at + 5_000 > now);
+        self.suspected.lock().retain(|_, at| at.is_none_or(|at| at + 5_000 > now));
         // Files that nobody has open and nothing is under way with are let go.
         let open = self.open.lock();
         self.files.write().retain(|ino, file| {
@@ -591,17 +592,20 @@ impl Volume {
     }
 
     fn suspect(&self, set: SetId, slot: Slot, n: ConfigNo) {
-        let now = self.now_ms();
+        let Some(me) = self.me.upgrade() else { return };
         {
             let mut suspected = self.suspected.lock();
-            let at = suspected.entry((set, slot, n)).or_insert(0);
-            if *at != 0 && *at + 200 > now {
-                return;
+            match suspected.get(&(set, slot, n)) {
+                None => {
+                    tracing::warn!(set = %set, slot = slot.0, n = n.0, "a brick failed or does not answer; telling the leader");
+                }
+                // One at a time: while no leader answers, each of them goes round the servers.
+                Some(None) => return,
+                Some(Some(at)) if at + 200 > self.now_ms() => return,
+                Some(Some(_)) => {}
             }
-            *at = now.max(1);
+            suspected.insert((set, slot, n), None);
         }
-        tracing::warn!(set = %set, slot = slot.0, n = n.0, "a brick failed or does not answer; telling the leader");
-        let Some(me) = self.me.upgrade() else { return };
         self.runtime.spawn(async move {
             let session = me.session.id().0;
             let _ = me
@@ -613,6 +617,7 @@ impl Volume {
                     super::session::client(channel).suspect(request).await
                 })
                 .await;
+            me.suspected.lock().insert((set, slot, n), Some(me.now_ms()));
         });
     }
 
