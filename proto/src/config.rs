@@ -138,6 +138,9 @@ pub struct Configuration {
     pub n: ConfigNo,
     /// Its bricks by [`Slot`].
     pub members: [Member; REPLICAS],
+    /// The last configuration that a cold start made whose source had lost what it had not flushed; 0: none. What was
+    /// acknowledged before it and never flushed may be gone `[E7]`.
+    pub unflushed_lost: ConfigNo,
 }
 
 impl Configuration {

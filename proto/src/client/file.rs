@@ -193,6 +193,11 @@ impl File {
                 Effect::Suspect(slot, n) => todo.suspect.push((slot, n)),
                 Effect::Refresh => todo.refresh = true,
                 Effect::WantPermit => todo.permit = true,
+                Effect::Lost => tracing::error!(
+                    ino = %self.id.ino,
+                    "writes that were acknowledged and not flushed are gone, for all bricks lost power; the file fails with an \
+                     input/output error until it is closed by everybody who has it open on this mount"
+                ),
             }
         }
         // The vector's room is kept for the next event.

@@ -5,7 +5,7 @@
 //! busy ranges, so nothing that overlaps is ever in flight together (I4). It holds no payload: an operation is known by the
 //! [`OpId`] under which the shell keeps its bytes and its caller.
 //!
-//! Keeps `[W1]`..`[W4]`, `[W6]`, `[W8]`, `[R3]`, `[R4]`, `[E3]`, `[S2]`; invariants I1 and I4 rest on it.
+//! Keeps `[W1]`..`[W4]`, `[W6]`, `[W8]`, `[R3]`, `[R4]`, `[E3]`, `[E7]`, `[S2]`; invariants I1 and I4 rest on it.
 //!
 //! ```text
 //!            first mutation          granted             all fenced            all copied
@@ -36,6 +36,9 @@ use crate::config::{Configuration, Slot, Slots};
 use crate::interval::IntervalSet;
 use crate::replica::Doubt;
 use crate::types::{ByteRange, ConfigNo, Epoch, Ino, Seq};
+
+/// `errno` of what fails because acknowledged writes are gone `[E7]`.
+const EIO: i32 = 5;
 
 /// Mutations of one file in flight at most (I9); more wait.
 const MAX_IN_FLIGHT: usize = 256;
@@ -317,6 +320,8 @@ pub enum Effect {
     Refresh,
     /// Ask for an [`Event::Permit`].
     WantPermit,
+    /// Acknowledged writes are gone `[E7]`: everything asked of the file fails until it is closed.
+    Lost,
 }
 
 /// Times, in milliseconds.
@@ -347,6 +352,11 @@ enum Waiting {
     Repair { x: Slot, region: u64 },
 }
 
+/// The older of two configurations, where there are any.
+fn oldest(a: Option<ConfigNo>, b: Option<ConfigNo>) -> Option<ConfigNo> {
+    a.into_iter().chain(b).min()
+}
+
 /// What the coordinator of one file knows.
 #[derive(Clone, Debug)]
 pub struct Coordinator {
@@ -372,6 +382,10 @@ pub struct Coordinator {
     orphans: Vec<(OpId, Mutation, u64)>,
     /// Something was written, under this lease or an earlier one, and not flushed since.
     dirty: bool,
+    /// The oldest configuration under which something was acknowledged that no flush was sent for since `[E7]`.
+    unflushed: Option<ConfigNo>,
+    /// Acknowledged writes are gone `[E7]`.
+    lost: bool,
     /// Mutations that were started so far.
     started: u64,
     /// The highest stable seq that every writable brick was told.
@@ -411,6 +425,8 @@ impl Coordinator {
             permits: 0,
             orphans: Vec::new(),
             dirty: false,
+            unflushed: None,
+            lost: false,
             started: 0,
             told_stable: Seq(0),
             release_wanted: false,
@@ -482,6 +498,7 @@ impl Coordinator {
             }
             Event::Forget => {
                 self.wanted = false;
+                self.lost = false;
                 if !matches!(self.phase, Phase::Idle) {
                     self.release_wanted = true;
                 }
@@ -501,6 +518,11 @@ impl Coordinator {
     }
 
     fn submit(&mut self, op: OpId, operation: Operation, now_ms: u64, effects: &mut Vec<Effect>) {
+        if self.lost {
+            effects.push(Effect::Complete(op, Completion::Failed(EIO)));
+            effects.push(Effect::Discard(op));
+            return;
+        }
         match operation {
             Operation::Mutate(mutation) => {
                 self.waiting.push_back(Waiting::Mutation { op, mutation, since_ms: now_ms });
@@ -579,10 +601,12 @@ impl Coordinator {
                 self.orphans.push((m.op, m.mutation, m.since_ms));
             }
         }
-        self.flushes.retain(|f| f.op.is_some());
-        for flush in &mut self.flushes {
-            flush.forget_sent();
-            flush.needs_lease = true;
+        for flush in std::mem::take(&mut self.flushes) {
+            if flush.op.is_some() {
+                self.flushes.push(flush.without_lease());
+            } else {
+                self.unflushed = oldest(self.unflushed, flush.unflushed);
+            }
         }
         // What was acknowledged and not flushed is still to be flushed, under the next lease: `dirty` stays.
     }
@@ -592,6 +616,9 @@ impl Coordinator {
             return;
         }
         self.configuration = configuration;
+        if self.has_lost() {
+            return self.lose(effects);
+        }
         self.reported_ms = [None; 3];
         // A brick that has just come back is given time to be connected to.
         self.unlinked_ms = [None; 3];
@@ -611,28 +638,41 @@ impl Coordinator {
         }
     }
 
-    /// Ends an operation that failed before it was started: for the shell, when a session cannot be had any more.
+    /// [E7] Something that was acknowledged and never flushed may be gone.
+    fn has_lost(&self) -> bool {
+        let flushing = self.flushes.iter().filter_map(|f| f.unflushed).min();
+        oldest(self.unflushed, flushing).is_some_and(|n| n < self.configuration.unflushed_lost)
+    }
+
+    /// [E7] Whoever has the file open is told, by everything that is asked from now on: the loss is never silent.
+    fn lose(&mut self, effects: &mut Vec<Effect>) {
+        effects.push(Effect::Lost);
+        if !matches!(self.phase, Phase::Idle | Phase::Acquiring) {
+            effects.push(Effect::ReleaseLease { epoch: self.epoch, finished: false });
+        }
+        self.end_all(Completion::Failed(EIO), effects);
+        self.lost = true;
+        self.dirty = false;
+        self.unflushed = None;
+    }
+
+    /// Ends everything, for the shell: when a session cannot be had any more.
     pub fn abandon(&mut self, effects: &mut Vec<Effect>) {
+        self.end_all(Completion::LeaseLost, effects);
+    }
+
+    fn end_all(&mut self, completion: Completion, effects: &mut Vec<Effect>) {
         self.lease_lost(effects);
         self.phase = Phase::Idle;
-        for (op, _, _) in std::mem::take(&mut self.orphans) {
-            effects.push(Effect::Complete(op, Completion::LeaseLost));
-            effects.push(Effect::Discard(op));
-        }
-        for waiting in std::mem::take(&mut self.waiting) {
-            if let Waiting::Mutation { op, .. } | Waiting::Read { op, .. } = waiting {
-                effects.push(Effect::Complete(op, Completion::LeaseLost));
-                effects.push(Effect::Discard(op));
-            }
-        }
-        for flush in std::mem::take(&mut self.flushes) {
-            if let Some(op) = flush.op {
-                effects.push(Effect::Complete(op, Completion::LeaseLost));
-                effects.push(Effect::Discard(op));
-            }
-        }
-        for (op, _) in std::mem::take(&mut self.reads) {
-            effects.push(Effect::Complete(op, Completion::LeaseLost));
+        let orphans = std::mem::take(&mut self.orphans).into_iter().map(|(op, _, _)| op);
+        let waiting = std::mem::take(&mut self.waiting).into_iter().filter_map(|w| match w {
+            Waiting::Mutation { op, .. } | Waiting::Read { op, .. } => Some(op),
+            Waiting::Repair { .. } => None,
+        });
+        let flushes = std::mem::take(&mut self.flushes).into_iter().filter_map(|f| f.op);
+        let reads = std::mem::take(&mut self.reads).into_keys();
+        for op in orphans.chain(waiting).chain(flushes).chain(reads) {
+            effects.push(Effect::Complete(op, completion));
             effects.push(Effect::Discard(op));
         }
         self.outstanding.clear();
@@ -671,6 +711,7 @@ impl Coordinator {
                 assert!(!a.overlaps(b), "I4: {a:?} and {b:?} of {:?} are in flight together", self.ino);
             }
         }
+        assert!(self.dirty || self.unflushed.is_none(), "[E7] something is unflushed, and nobody would flush it");
         assert!(self.mutations.len() <= MAX_IN_FLIGHT, "I9: too many mutations in flight");
         if !matches!(self.phase, Phase::Holding) {
             assert!(self.mutations.is_empty() || matches!(self.phase, Phase::Fencing { .. } | Phase::Recovering(_)));

@@ -3,7 +3,7 @@
 use super::requests::Job;
 use super::{Body, Completion, Coordinator, Effect, MAX_IN_FLIGHT, Mutation, OpId, Phase, Waiting};
 use crate::config::{Slot, Slots};
-use crate::types::{ByteRange, Seq};
+use crate::types::{ByteRange, ConfigNo, Seq};
 
 /// How long after a brick has failed a mutation that others have applied it is asked again.
 const RETRY_FAILED_MS: u64 = 500;
@@ -36,9 +36,17 @@ pub(super) struct Flushing {
     /// Everything that had been started was acknowledged when it was sent, and this many had been.
     covers: Option<u64>,
     pub(super) needs_lease: bool,
+    /// The oldest configuration under which something was acknowledged that this flush is to make durable `[E7]`.
+    pub(super) unflushed: Option<ConfigNo>,
 }
 
 impl Flushing {
+    /// The lease was lost: it goes on under the next one.
+    pub(super) fn without_lease(mut self) -> Self {
+        self.forget_sent();
+        self.needs_lease = true;
+        self
+    }
     /// It is sent again, to whoever is writable then.
     pub(super) fn forget_sent(&mut self) {
         self.done = Slots::NONE;
@@ -144,6 +152,7 @@ impl Coordinator {
             let (op, answered) = (m.op, m.answered);
             self.mutations.remove(&seq);
             if !answered {
+                self.unflushed.get_or_insert(self.configuration.n);
                 effects.push(Effect::Complete(op, Completion::Done));
             }
             effects.push(Effect::Discard(op));
@@ -225,6 +234,7 @@ impl Coordinator {
             sent: false,
             covers: None,
             needs_lease: !holding,
+            unflushed: None,
         });
         if holding {
             self.send_flushes(now_ms, effects);
@@ -238,6 +248,7 @@ impl Coordinator {
             flush.sent = true;
             flush.needs_lease = false;
             flush.covers = covers;
+            flush.unflushed = super::oldest(flush.unflushed, self.unflushed.take());
             numbers.push(flush.number);
         }
         for number in numbers {

@@ -230,7 +230,7 @@ impl State {
                 }
             };
             let members = [member(&places[0]), member(&places[1]), member(&places[2])];
-            let configuration = Configuration { n: ConfigNo(1), members };
+            let configuration = Configuration { n: ConfigNo(1), members, unflushed_lost: ConfigNo(0) };
             self.sets.insert(set, ReplicaSet { volume, configuration, cold_starts: VecDeque::new() });
             effects.push(Effect::Configured { set, configuration, cold_start: None });
         }

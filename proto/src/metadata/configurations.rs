@@ -94,6 +94,10 @@ impl State {
                 return false;
             }
             let since = next.n.next();
+            // [E7] Where the kernel did not restart, or all was flushed, the source holds everything acknowledged.
+            if !taken.clean && taken.boot != next.members[source.index()].boot {
+                next.unflushed_lost = since;
+            }
             for slot in Slot::ALL {
                 let member = &mut next.members[slot.index()];
                 match registered[slot.index()] {

@@ -1,13 +1,13 @@
 //! A mount's process, or the janitor's: real coordinators, one per file, around a virtual network and applications that ask
 //! for things at random.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use mortar_proto::config::{Configuration, Slots};
 use mortar_proto::coordinator::{
     Answer, Body, Completion, Coordinator, Effect, Event, Mutation, OpId, Operation, RequestId,
 };
-use mortar_proto::types::{BLOCK_BYTES, ByteRange, Epoch, Ino, SessionId};
+use mortar_proto::types::{BLOCK_BYTES, ByteRange, ConfigNo, Epoch, Ino, SessionId};
 
 use super::disk::{BLOCKS, Content};
 use super::history::{Kind, Needs, SizeNeed};
@@ -53,6 +53,8 @@ pub struct Client {
     /// The newest configuration that it knows.
     pub configuration: Option<Configuration>,
     coordinators: BTreeMap<Ino, Coordinator>,
+    /// Files whose acknowledged writes are gone, until the application closes them `[E7]`.
+    lost: BTreeSet<Ino>,
     /// The number of the connection to each brick; 0: none.
     pub links: [u64; 3],
     pending: BTreeMap<OpId, Pending>,
@@ -74,6 +76,7 @@ impl Client {
             had: Vec::new(),
             configuration: None,
             coordinators: BTreeMap::new(),
+            lost: BTreeSet::new(),
             links: [0; 3],
             pending: BTreeMap::new(),
             control: BTreeMap::new(),
@@ -131,6 +134,7 @@ impl World {
         }
         let lost = self.clients[c].pending.len() as u64;
         self.clients[c].pending.clear();
+        self.clients[c].lost.clear();
         self.submitted -= lost;
         let down = self.rng.between(50, 3000);
         self.after(down, Happening::ClientStart(c));
@@ -206,6 +210,10 @@ impl World {
         let ino = if self.rng.chance(self.faults.sharing_permille) { self.rng.index(self.files.len()) } else { own };
         let ino = self.files[ino];
         self.coordinator(c, ino);
+        if self.clients[c].lost.contains(&ino) && self.rng.chance(300) {
+            self.clients[c].lost.remove(&ino);
+            self.tell(c, ino, Event::Forget, None);
+        }
         let op = OpId(self.number());
         let (operation, what) = match self.rng.below(100) {
             0..45 => {
@@ -287,6 +295,12 @@ impl World {
                 }
             }
             Effect::Suspect(slot, n) => self.tell_leader(c, ToLeader::Suspect(slot, n)),
+            Effect::Lost => {
+                self.note(|| format!("c{c} is told that it lost writes of {ino:?}"));
+                self.clients[c].lost.insert(ino);
+                let owed = self.history.told_of_loss(generation, ino);
+                self.count(if owed { "told of a loss" } else { "told of a loss that may have been none" });
+            }
             Effect::Refresh => self.tell_leader(c, ToLeader::Refresh(c, generation)),
             Effect::WantPermit => {
                 let delay = self.rng.delay(20, 200);
@@ -302,6 +316,14 @@ impl World {
         };
         self.completed += 1;
         self.note(|| format!("c{c} completed {} {completion:?} {content:?}", op.0));
+        let known = self.clients[c].configuration.map_or(ConfigNo(0), |known| known.n);
+        let owed = self.history.is_owed_a_failure(self.clients[c].generation, pending.ino, known);
+        if owed || self.clients[c].lost.contains(&pending.ino) {
+            if !matches!(completion, Completion::Failed(_) | Completion::LeaseLost) {
+                self.fail(|| format!("E7: c{c} lost writes of {:?}, and {} ends in {completion:?}", pending.ino, op.0));
+            }
+            return;
+        }
         match (pending.what, completion) {
             (What::Mutation, Completion::Done) => self.history.acknowledged(op),
             (What::Mutation, Completion::LeaseLost) => self.count("lease lost"),

@@ -41,6 +41,8 @@ struct Written {
     /// Blocks that a cold start lost, and under which configuration.
     lost: [bool; BLOCKS],
     lost_under: ConfigNo,
+    /// Its client was told that the file lost writes, so this one is nobody's surprise any more.
+    told: bool,
 }
 
 /// The least that a block must hold.
@@ -62,6 +64,8 @@ pub struct History {
     flushed_needs: BTreeMap<Ino, Needs>,
     /// A cold start has lost something, so sizes are not judged any more.
     lossy: bool,
+    /// Clients that have to be told that a file of theirs lost what was acknowledged `[E7]`, and since which configuration.
+    owed: BTreeMap<(u64, Ino), ConfigNo>,
 }
 
 /// What a file's size must be at least, as far as was acknowledged.
@@ -78,7 +82,14 @@ impl History {
     /// An empty history.
     #[must_use]
     pub fn new(geometry: Geometry) -> Self {
-        Self { geometry, ops: BTreeMap::new(), needs: BTreeMap::new(), flushed_needs: BTreeMap::new(), lossy: false }
+        Self {
+            geometry,
+            ops: BTreeMap::new(),
+            needs: BTreeMap::new(),
+            flushed_needs: BTreeMap::new(),
+            lossy: false,
+            owed: BTreeMap::new(),
+        }
     }
     fn covers(&self, kind: Kind, block: usize) -> bool {
         match kind {
@@ -97,6 +108,7 @@ impl History {
             flushed: false,
             lost: [false; BLOCKS],
             lost_under: ConfigNo(0),
+            told: false,
         };
         self.ops.insert(op, written);
     }
@@ -159,9 +171,24 @@ impl History {
             if let Some(o) = self.ops.get_mut(&op) {
                 o.lost[block] = true;
                 o.lost_under = n;
+                if o.acknowledged && !o.told {
+                    self.owed.insert((o.client, o.ino), n);
+                }
             }
         }
         self.recompute();
+    }
+    /// A client that knows configuration `n` must not be told of any success in this file any more `[E7]`.
+    #[must_use]
+    pub fn is_owed_a_failure(&self, client: u64, ino: Ino, n: ConfigNo) -> bool {
+        self.owed.get(&(client, ino)).is_some_and(|since| n >= *since)
+    }
+    /// The client knows.
+    pub fn told_of_loss(&mut self, client: u64, ino: Ino) -> bool {
+        for o in self.ops.values_mut().filter(|o| o.client == client && o.ino == ino) {
+            o.told = true;
+        }
+        self.owed.remove(&(client, ino)).is_some()
     }
     fn recompute(&mut self) {
         self.needs.clear();

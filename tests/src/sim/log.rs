@@ -39,7 +39,8 @@ impl Log {
             syncing_since: ConfigNo(0),
             clean: false,
         };
-        let configuration = Configuration { n: ConfigNo(1), members: [member(0), member(1), member(2)] };
+        let members = [member(0), member(1), member(2)];
+        let configuration = Configuration { n: ConfigNo(1), members, unflushed_lost: ConfigNo(0) };
         Self {
             configuration,
             leases: files.iter().map(|f| (*f, Lease::default())).collect(),
@@ -97,6 +98,11 @@ impl Log {
             Command::ColdStart { n, source, registered, .. } if n == current.n => {
                 self.configure(effects, Some(source), |c| {
                     let n = c.n;
+                    let kept =
+                        registered[source.index()].is_some_and(|r| r.clean || r.boot == c.members[source.index()].boot);
+                    if !kept {
+                        c.unflushed_lost = n;
+                    }
                     for slot in Slot::ALL {
                         let m = &mut c.members[slot.index()];
                         if m.state == BrickState::Out && slot != source {
