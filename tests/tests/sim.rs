@@ -1,11 +1,12 @@
 //! The machines keep their promises in a world where everything fails, for as many seeds as there is time for.
 //!
 //! `MORTAR_SIM_SEEDS` says how many (3000), `MORTAR_SIM_SEED` replays one, `MORTAR_SIM_FROM` starts at a given one,
-//! `MORTAR_SIM_EVENTS` says how many of a failing run's events are shown (60).
+//! `MORTAR_SIM_EVENTS` says how many of a failing run's events are shown (60), `MORTAR_SIM_SHRINK` for how many seconds its
+//! acts are shrunk (60).
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mortar_tests::sim;
+use mortar_tests::sim::{self, Failure, shrink};
 
 /// Seeds that failed once; each found something.
 const ONCE_FAILED: &[u64] = &[35, 86, 108, 117, 149, 266, 3308];
@@ -14,12 +15,34 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|v| v.parse().ok())
 }
 
+/// Ends the test with the failure, as short as it can be told.
+fn tell(failure: &Failure) -> ! {
+    println!("{failure}");
+    let seconds = number("MORTAR_SIM_SHRINK").unwrap_or(60);
+    match shrink::shrink(failure, Duration::from_secs(seconds)) {
+        Some(shrunk) => println!("{shrunk}"),
+        None => println!("it was not shrunk in {seconds} s: from a script it does not fail in the same way"),
+    }
+    panic!("seed {} failed: {}", failure.seed, failure.what);
+}
+
 #[test]
 fn seeds_that_failed_once_pass() {
     for seed in ONCE_FAILED {
         if let Err(failure) = sim::run(*seed) {
-            panic!("{failure}");
+            tell(&failure);
         }
+    }
+}
+
+#[test]
+fn a_script_of_what_was_done_plays_the_same_run() {
+    for seed in 0..40 {
+        let first = sim::run(seed).unwrap_or_else(|failure| tell(&failure));
+        let how = sim::world::Play { script: Some(first.script.clone()), ..Default::default() };
+        let again = sim::run_as(seed, &how).unwrap_or_else(|failure| tell(&failure));
+        assert_eq!(first.script, again.script, "seed {seed}");
+        assert_eq!((first.completed, first.ended_ms), (again.completed, again.ended_ms), "seed {seed}");
     }
 }
 
@@ -27,8 +50,8 @@ fn seeds_that_failed_once_pass() {
 fn no_seed_breaks_a_rule() {
     if let Some(seed) = number("MORTAR_SIM_SEED") {
         match sim::run(seed) {
-            Ok(summary) => println!("{summary:?}"),
-            Err(failure) => panic!("{failure}"),
+            Ok(summary) => println!("{} completed, {:?}", summary.completed, summary.seen),
+            Err(failure) => tell(&failure),
         }
         return;
     }
@@ -52,7 +75,7 @@ fn no_seed_breaks_a_rule() {
                 println!("seed {seed}: {}", failure.what.lines().next().unwrap_or_default());
                 failures.push(seed);
             }
-            Err(failure) => panic!("{failure}"),
+            Err(failure) => tell(&failure),
         }
     }
     println!("{seen:?}");

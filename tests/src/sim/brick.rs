@@ -210,7 +210,7 @@ impl World {
         brick.full = false;
         let generation = brick.generation;
         let registration = brick.registration;
-        self.note(|| format!("b{s} starts {registration:?}"));
+        self.event(|| format!("b{s} starts {registration:?}"));
         // The log's state as this server had applied it durably.
         let applied = self.bricks[s].applied;
         let mut configuration = None;
@@ -348,7 +348,7 @@ impl World {
         }
         replica.lease_answered(sent_ms + TIMING.read_lease_ms, commit);
         if agree {
-            self.note(|| format!("b{s} agrees to its Out"));
+            self.event(|| format!("b{s} agrees to its Out"));
         }
     }
 

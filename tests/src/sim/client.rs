@@ -9,6 +9,7 @@ use mortar_proto::coordinator::{
 };
 use mortar_proto::types::{BLOCK_BYTES, ByteRange, ConfigNo, Epoch, Ino, SessionId};
 
+use super::acts::{Act, Ask};
 use super::disk::{BLOCKS, Content};
 use super::history::{Kind, Needs, SizeNeed};
 use super::leader::{FromLeader, ToLeader};
@@ -119,13 +120,12 @@ impl World {
         self.clients[c] = client;
         self.note(|| format!("c{c} starts as {generation}"));
         self.after(0, Happening::ClientTick(c, generation));
-        if c != JANITOR {
-            self.after(10, Happening::Application(c, generation));
+        if c != JANITOR && !self.scripted {
+            self.after_chance(10, Happening::Application(c, generation));
         }
     }
 
-    pub(super) fn crash_client(&mut self, c: usize) {
-        self.note(|| format!("c{c} crashes"));
+    pub(super) fn crash_client(&mut self, c: usize, down_ms: u64) {
         self.clients[c].up = false;
         // What it had sent reaches one brick and not the other.
         for number in std::mem::take(&mut self.clients[c].links) {
@@ -136,8 +136,7 @@ impl World {
         self.clients[c].pending.clear();
         self.clients[c].lost.clear();
         self.submitted -= lost;
-        let down = self.rng.between(50, 3000);
-        self.after(down, Happening::ClientStart(c));
+        self.after(down_ms, Happening::ClientStart(c));
     }
 
     fn tell_leader(&mut self, c: usize, message: ToLeader) {
@@ -196,50 +195,75 @@ impl World {
         }
     }
 
+    /// Chance decides what an application asks for.
     pub(super) fn application(&mut self, c: usize) {
         let generation = self.clients[c].generation;
-        let gap = self.rng.delay(self.faults.gap_ms, 1500);
+        let gap = self.chaos.delay(self.faults.gap_ms, 1500);
         if !self.winding_down {
-            self.after(gap, Happening::Application(c, generation));
+            self.after_chance(gap, Happening::Application(c, generation));
         }
-        let ready = self.clients[c].session.is_some() && self.clients[c].configuration.is_some();
-        if !ready || self.winding_down || self.clients[c].pending.len() >= AT_ONCE {
+        if !self.may_ask(c) {
             return;
         }
         let own = c % self.files.len();
-        let ino = if self.rng.chance(self.faults.sharing_permille) { self.rng.index(self.files.len()) } else { own };
-        let ino = self.files[ino];
-        self.coordinator(c, ino);
-        if self.clients[c].lost.contains(&ino) && self.rng.chance(300) {
-            self.clients[c].lost.remove(&ino);
-            self.tell(c, ino, Event::Forget, None);
+        let shared = self.chaos.chance(self.faults.sharing_permille);
+        let ino = self.files[if shared { self.chaos.index(self.files.len()) } else { own }];
+        if self.clients[c].lost.contains(&ino) && self.chaos.chance(300) {
+            self.act(Act::Close(c, ino));
         }
-        let op = OpId(self.number());
-        let (operation, what) = match self.rng.below(100) {
+        let ask = match self.chaos.below(100) {
             0..45 => {
-                let first = self.rng.index(BLOCKS);
-                let count = 1 + self.rng.index((BLOCKS - first).min(3));
+                let first = self.chaos.index(BLOCKS);
+                Ask::Write { first, count: 1 + self.chaos.index((BLOCKS - first).min(3)) }
+            }
+            45..52 => Ask::Truncate { blocks: self.chaos.index(BLOCKS + 1) },
+            52..85 => {
+                let first = self.chaos.index(BLOCKS);
+                Ask::Read { first, count: 1 + self.chaos.index(BLOCKS - first) }
+            }
+            85..95 => Ask::Flush,
+            _ => Ask::Stat,
+        };
+        self.act(Act::Ask(c, ino, ask));
+    }
+
+    fn may_ask(&self, c: usize) -> bool {
+        let client = &self.clients[c];
+        let ready = client.up && client.session.is_some() && client.configuration.is_some();
+        ready && !self.winding_down && client.pending.len() < AT_ONCE
+    }
+
+    pub(super) fn close_failed(&mut self, c: usize, ino: Ino) {
+        self.clients[c].lost.remove(&ino);
+        self.tell(c, ino, Event::Forget, None);
+    }
+
+    pub(super) fn ask(&mut self, c: usize, ino: Ino, ask: Ask) {
+        if !self.may_ask(c) {
+            return;
+        }
+        let generation = self.clients[c].generation;
+        self.coordinator(c, ino);
+        let op = OpId(self.number());
+        let at = |block| self.geometry.offset(block);
+        let (operation, what) = match ask {
+            Ask::Write { first, count } => {
+                let write = Mutation::Write { offset: at(first), length: count as u64 * BLOCK_BYTES };
                 self.history.submitted(op, generation, ino, Kind::Write { first, count });
-                let write = Mutation::Write { offset: self.geometry.offset(first), length: count as u64 * BLOCK_BYTES };
                 (Operation::Mutate(write), What::Mutation)
             }
-            45..52 => {
-                let size = self.geometry.offset(self.rng.index(BLOCKS + 1));
+            Ask::Truncate { blocks } => {
+                let size = at(blocks);
                 self.history.submitted(op, generation, ino, Kind::Truncate { size });
                 (Operation::Mutate(Mutation::Truncate { size }), What::Mutation)
             }
-            52..85 => {
-                let first = self.rng.index(BLOCKS);
-                let count = 1 + self.rng.index(BLOCKS - first);
+            Ask::Read { first, count } => {
                 let needs = self.history.needs(ino);
-                let range = ByteRange::at(self.geometry.offset(first), count as u64 * BLOCK_BYTES);
+                let range = ByteRange::at(at(first), count as u64 * BLOCK_BYTES);
                 (Operation::Read(range), What::Read { first, count, needs })
             }
-            85..95 => {
-                let ops = self.history.to_flush(generation, ino);
-                (Operation::Flush, What::Flush(ops))
-            }
-            _ => (Operation::Stat, What::Stat(self.history.size_need(ino))),
+            Ask::Flush => (Operation::Flush, What::Flush(self.history.to_flush(generation, ino))),
+            Ask::Stat => (Operation::Stat, What::Stat(self.history.size_need(ino))),
         };
         self.note(|| format!("c{c} submits {} {ino:?} {operation:?}", op.0));
         self.submitted += 1;
@@ -315,7 +339,7 @@ impl World {
             return;
         };
         self.completed += 1;
-        self.note(|| format!("c{c} completed {} {completion:?} {content:?}", op.0));
+        self.event(|| format!("c{c} completed {} {completion:?} {content:?}", op.0));
         let known = self.clients[c].configuration.map_or(ConfigNo(0), |known| known.n);
         let owed = self.history.is_owed_a_failure(self.clients[c].generation, pending.ino, known);
         if owed || self.clients[c].lost.contains(&pending.ino) {
@@ -437,7 +461,7 @@ impl World {
                     .grants
                     .get(&ino)
                     .is_some_and(|g| g.iter().any(|(e, by)| *e > last.0 && *e < epoch.0 && !had.contains(by)));
-                self.note(|| format!("c{c} granted {ino:?} e={epoch} recover={recover} foreign={foreign}"));
+                self.event(|| format!("c{c} granted {ino:?} e={epoch} recover={recover} foreign={foreign}"));
                 self.tell(c, ino, Event::Granted { epoch, recover, foreign }, None);
             }
             FromLeader::Released { client: c, generation, ino, number } => {

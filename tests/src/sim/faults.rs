@@ -1,7 +1,6 @@
-//! What goes wrong, and how often: each run draws its own mix.
+//! Chance decides what goes wrong, and how often: each run draws its own mix.
 
-use mortar_proto::types::BLOCK_BYTES;
-
+use super::acts::Act;
 use super::rng::Rng;
 use super::world::{CLIENTS, Happening, Node, World};
 
@@ -41,56 +40,45 @@ impl Faults {
     }
 }
 
-/// Something that goes wrong in one place.
-#[derive(Clone, Copy, Debug)]
-pub enum Strike {
-    /// A client's process dies.
-    Crash(usize),
-    /// A brick's process dies.
-    Kill(usize),
-    /// A brick's server loses power.
-    Power(usize),
-    /// A brick and the leader cannot talk, so it is put out.
-    Isolate(usize),
-}
-
 impl World {
+    /// Something goes wrong in `delay_ms`.
+    fn fate(&mut self, delay_ms: u64, act: Act) {
+        self.after_chance(delay_ms, Happening::Act(act));
+    }
+    fn kill_of(&mut self, brick: usize, power: bool) -> Act {
+        Act::Kill { brick, power, down_ms: self.chaos.delay(1500, 6000) }
+    }
+    fn crash_of(&mut self, client: usize) -> Act {
+        Act::Crash(client, self.chaos.between(50, 3000))
+    }
+
     /// An awkward moment: sometimes a client and one of these bricks are struck shortly after it.
     pub(super) fn tempt(&mut self, client: Option<usize>, bricks: &[usize]) {
-        if self.now >= self.faults.until_ms || !self.rng.chance(self.faults.tempt_permille) {
+        if self.scripted || self.now >= self.faults.until_ms || !self.chaos.chance(self.faults.tempt_permille) {
             return;
         }
         self.count("tempted");
         if let Some(client) = client {
-            let soon = self.rng.between(0, self.delay_ms * 3);
-            self.after(soon, Happening::Strike(Strike::Crash(client)));
+            let soon = self.chaos.between(0, self.delay_ms * 3);
+            let crash = self.crash_of(client);
+            self.fate(soon, crash);
         }
-        if let Some(s) = (!bricks.is_empty()).then(|| bricks[self.rng.index(bricks.len())])
-            && (client.is_none() || self.rng.chance(700))
+        if let Some(s) = (!bricks.is_empty()).then(|| bricks[self.chaos.index(bricks.len())])
+            && (client.is_none() || self.chaos.chance(700))
         {
-            let soon = self.rng.delay(self.delay_ms * 6, 2500);
-            let strike = [Strike::Kill(s), Strike::Power(s), Strike::Isolate(s)][self.rng.index(3)];
-            self.after(soon, Happening::Strike(strike));
-        }
-    }
-
-    pub(super) fn strike(&mut self, strike: Strike) {
-        if self.now >= self.faults.until_ms {
-            return;
-        }
-        match strike {
-            Strike::Crash(c) => {
-                if self.clients[c].up {
-                    self.crash_client(c);
+            let soon = self.chaos.delay(self.delay_ms * 6, 2500);
+            match self.chaos.index(3) {
+                0 | 1 => {
+                    let power = self.chaos.chance(500);
+                    let kill = self.kill_of(s, power);
+                    self.fate(soon, kill);
                 }
-            }
-            Strike::Kill(s) => self.kill(s, false),
-            Strike::Power(s) => self.kill(s, true),
-            Strike::Isolate(s) => {
-                let for_ms = self.rng.between(1200, 5000);
-                self.note(|| format!("b{s} and the leader are cut apart for {for_ms}"));
-                self.cut(Node::Brick(s), Node::Leader, for_ms);
-                self.cut(Node::Leader, Node::Brick(s), for_ms);
+                _ => {
+                    // It is put out.
+                    let for_ms = self.chaos.between(1200, 5000);
+                    self.fate(soon, Act::Cut(Node::Brick(s), Node::Leader, for_ms));
+                    self.fate(soon, Act::Cut(Node::Leader, Node::Brick(s), for_ms));
+                }
             }
         }
     }
@@ -99,137 +87,104 @@ impl World {
         if self.now >= self.faults.until_ms {
             return;
         }
-        let next = self.rng.delay(self.faults.every_ms * 2, self.faults.every_ms * 4) + 1;
-        self.after(next, Happening::Fault);
+        let next = self.chaos.delay(self.faults.every_ms * 2, self.faults.every_ms * 4) + 1;
+        self.after_chance(next, Happening::Fault);
         let total: u64 = self.faults.weights.iter().sum();
         if total == 0 {
             return;
         }
-        let mut drawn = self.rng.below(total);
+        let mut drawn = self.chaos.below(total);
         let kind = self.faults.weights.iter().position(|w| {
             let hit = drawn < *w;
             drawn = drawn.saturating_sub(*w);
             hit
         });
         match kind.unwrap_or(0) {
-            CHAIN => {
-                self.count("chain");
-                let mut at = 0;
-                if self.rng.chance(500) {
-                    // A holder dies, its heir dies while it settles what was in doubt, and so does a brick.
-                    self.after(0, Happening::FaultOf(5));
-                    self.after(0, Happening::FaultOf(5));
-                    let heir = self.leader.session_ttl_ms + self.rng.below(800);
-                    for _ in 0..4 {
-                        let more = self.rng.below(300);
-                        self.after(heir + more, Happening::FaultOf(5));
-                    }
-                    at = heir;
-                }
-                for _ in 0..self.rng.between(2, 4) {
-                    at += self.rng.delay(600, 2500);
-                    let kind = [0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 10][self.rng.index(11)];
-                    self.after(at, Happening::FaultOf(kind));
-                }
-            }
-            kind => self.fault_of(kind),
+            CHAIN => self.chain(),
+            kind => self.fault_of(kind, 0),
         }
     }
 
-    pub(super) fn fault_of(&mut self, kind: usize) {
-        if self.now >= self.faults.until_ms {
-            return;
-        }
-        let s = self.rng.index(3);
-        let c = self.rng.index(CLIENTS);
-        match kind {
-            0 => self.kill(s, false),
-            1 => self.kill(s, true),
-            2 => {
-                let for_ms = self.rng.delay(800, 4000);
-                self.note(|| format!("b{s} pauses for {for_ms}"));
-                self.bricks[s].paused_until = self.now + for_ms;
+    /// Several things go wrong, shortly after each other.
+    fn chain(&mut self) {
+        self.count("chain");
+        let mut at = 0;
+        if self.chaos.chance(500) {
+            // A holder dies, its heir dies while it settles what was in doubt, and so does a brick.
+            self.fault_of(5, 0);
+            self.fault_of(5, 0);
+            let heir = self.leader.session_ttl_ms + self.chaos.below(800);
+            for _ in 0..4 {
+                let more = self.chaos.below(300);
+                self.fault_of(5, heir + more);
             }
+            at = heir;
+        }
+        for _ in 0..self.chaos.between(2, 4) {
+            at += self.chaos.delay(600, 2500);
+            let kind = [0, 0, 1, 1, 2, 3, 4, 5, 5, 5, 10][self.chaos.index(11)];
+            self.fault_of(kind, at);
+        }
+    }
+
+    /// A fault of this kind, in `after_ms`.
+    fn fault_of(&mut self, kind: usize, after_ms: u64) {
+        let s = self.chaos.index(3);
+        let c = self.chaos.index(CLIENTS);
+        let act = match kind {
+            0 => self.kill_of(s, false),
+            1 => self.kill_of(s, true),
+            2 => Act::Pause(s, self.chaos.delay(800, 4000)),
             3 => {
                 let nodes: Vec<Node> =
                     (0..=CLIENTS).map(Node::Client).chain((0..3).map(Node::Brick)).chain([Node::Leader]).collect();
-                let (a, b) = (nodes[self.rng.index(nodes.len())], nodes[self.rng.index(nodes.len())]);
-                let for_ms = self.rng.delay(2000, 6000);
-                self.note(|| format!("cut {a:?} -> {b:?} for {for_ms}"));
-                self.cut(a, b, for_ms);
-                if self.rng.chance(500) {
-                    self.cut(b, a, for_ms);
+                let (a, b) = (nodes[self.chaos.index(nodes.len())], nodes[self.chaos.index(nodes.len())]);
+                let for_ms = self.chaos.delay(2000, 6000);
+                if self.chaos.chance(500) {
+                    self.fate(after_ms, Act::Cut(b, a, for_ms));
                 }
+                Act::Cut(a, b, for_ms)
             }
-            4 => {
-                let c = self.rng.index(CLIENTS + 1);
-                self.break_link(c, s);
-            }
+            4 => Act::Break(self.chaos.index(CLIENTS + 1), s),
             5 => {
-                let c = if self.rng.chance(250) { CLIENTS } else { c };
-                if self.clients[c].up {
-                    self.count("client crash");
-                    self.crash_client(c);
-                }
+                let c = if self.chaos.chance(250) { CLIENTS } else { c };
+                self.crash_of(c)
             }
-            6 => {
-                let for_ms = self.rng.delay(1000, 4000);
-                self.note(|| format!("leader pauses for {for_ms}"));
-                self.leader.paused_until = self.now + for_ms;
-            }
-            7 => {
-                self.note(|| "another leader".to_owned());
-                let now = self.now;
-                self.leader.elected(now);
-            }
+            6 => Act::PauseLeader(self.chaos.delay(1000, 4000)),
+            7 => Act::Elect,
             8 => {
-                self.count("power cut of all");
                 for s in 0..3 {
-                    if self.rng.chance(850) {
-                        self.kill(s, true);
+                    if self.chaos.chance(850) {
+                        let kill = self.kill_of(s, true);
+                        self.fate(after_ms, kill);
                     }
                 }
+                return;
             }
             9 => {
-                self.count("kill of all");
                 for s in 0..3 {
-                    let power = self.rng.chance(250);
-                    self.kill(s, power);
+                    let power = self.chaos.chance(250);
+                    let kill = self.kill_of(s, power);
+                    self.fate(after_ms, kill);
                 }
+                return;
             }
-            10 => {
-                if self.bricks[s].is_up() && self.bricks[s].stopping.is_none() {
-                    self.note(|| format!("b{s} is asked to stop"));
-                    self.bricks[s].stopping = Some(self.now);
-                }
-            }
-            11 => {
-                self.note(|| format!("b{s} is going to fail its next flush"));
-                self.bricks[s].flush_fails = true;
-            }
+            10 => Act::Stop(s),
+            11 => Act::FailFlush(s),
             _ => {
                 let full = !self.bricks[s].full;
-                self.note(|| format!("b{s} full={full}"));
-                if self.rng.chance(300) {
-                    self.bricks.iter_mut().for_each(|b| b.full = full);
-                } else {
-                    self.bricks[s].full = full;
+                if self.chaos.chance(300) {
+                    (0..3).filter(|other| *other != s).for_each(|other| self.fate(after_ms, Act::Full(other, full)));
                 }
-                let _ = BLOCK_BYTES;
+                Act::Full(s, full)
             }
-        }
-    }
-
-    fn kill(&mut self, s: usize, power: bool) {
-        let down = self.rng.delay(1500, 6000);
-        self.count(if power { "power cut" } else { "kill" });
-        self.note(|| format!("b{s} {} for {down}", if power { "loses power" } else { "is killed" }));
-        self.stop_brick(s, power, down);
+        };
+        self.fate(after_ms, act);
     }
 
     /// Faults stop: what was cut is mended, what was down comes up.
     pub(super) fn calm(&mut self) {
-        self.note(|| "faults stop".to_owned());
+        self.event(|| "faults stop".to_owned());
         self.mend();
         self.faults.until_ms = 0;
         self.leader.paused_until = 0;

@@ -176,7 +176,7 @@ impl World {
         let old = self.configuration();
         let outcome = self.leader.log.propose(request, command);
         if self.leader.log.entries.len() > before {
-            self.note(|| format!("LOG {before} {command:?} -> {outcome:?}"));
+            self.event(|| format!("LOG {before} {command:?} -> {outcome:?}"));
             let effects = self.leader.log.entries[before].clone();
             for effect in effects {
                 if let Effect::Configured { configuration, cold_start, .. } = effect {

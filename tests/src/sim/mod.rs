@@ -8,10 +8,13 @@
 //! | `client`, `leader` | the other shells |
 //! | `log`, `monitor` | the metadata log and what its leader proposes |
 //! | `disk` | page cache and durable data, journal records |
+//! | `acts` | what is done to it from outside: drawn by chance, or from a script |
 //! | `faults` | what goes wrong |
 //! | `history`, `check` | what must be true: I1, I2, I3, I5, I7, I8, I10 |
+//! | `shrink` | the few acts that a failing run needs |
 //! | `rng` | chance |
 
+pub mod acts;
 pub mod brick;
 pub mod check;
 pub mod client;
@@ -24,12 +27,14 @@ pub mod monitor;
 pub mod peers;
 pub mod rng;
 pub mod serve;
+pub mod shrink;
 pub mod world;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use world::World;
+use acts::Script;
+use world::{Line, Play, World};
 
 /// How long everything may take to come to rest once faults have stopped, in milliseconds.
 const REST_MS: u64 = 90_000;
@@ -41,6 +46,10 @@ pub struct Summary {
     pub completed: u64,
     /// Kinds of things that happened.
     pub seen: BTreeMap<&'static str, u64>,
+    /// What was done to the world.
+    pub script: Script,
+    /// When it came to rest.
+    pub ended_ms: u64,
 }
 
 /// A run that broke a rule.
@@ -51,14 +60,30 @@ pub struct Failure {
     /// Which rule, and how.
     pub what: String,
     /// Its last events.
-    pub trace: Vec<String>,
+    pub trace: Vec<Line>,
+    /// What was done to the world, until it failed.
+    pub script: Script,
+}
+
+impl Failure {
+    /// What was broken: `I1` to `I10`, or the rule, or `panic`.
+    #[must_use]
+    pub fn kind(&self) -> &str {
+        let is_name = |word: &&str| {
+            let mut letters = word.chars();
+            letters.next().is_some_and(|c| c.is_ascii_uppercase())
+                && word.len() > 1
+                && letters.all(|c| c.is_ascii_digit())
+        };
+        self.what.split([' ', ':', ',', '(', '\n', '[', ']']).find(is_name).unwrap_or("panic")
+    }
 }
 
 impl core::fmt::Display for Failure {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
         let from = self.trace.len().saturating_sub(events_shown());
         for line in &self.trace[from..] {
-            writeln!(f, "{line}")?;
+            writeln!(f, "{}", line.text)?;
         }
         writeln!(f, "seed {} failed: {}", self.seed, self.what)?;
         write!(f, "replay it with MORTAR_SIM_SEED={}", self.seed)
@@ -74,17 +99,21 @@ fn events_shown() -> usize {
 /// # Errors
 /// The rule that it breaks.
 pub fn run(seed: u64) -> Result<Summary, Box<Failure>> {
-    match run_once(seed, false) {
+    match run_as(seed, &Play::default()) {
         Ok(summary) => Ok(summary),
-        Err(first) => match run_once(seed, true) {
+        Err(first) => match run_as(seed, &Play { traced: true, ..Play::default() }) {
             Ok(_) => Err(Box::new(Failure { what: format!("{} (but not when run again!)", first.what), ..*first })),
             Err(failure) => Err(failure),
         },
     }
 }
 
-fn run_once(seed: u64, traced: bool) -> Result<Summary, Box<Failure>> {
-    let mut world = World::new(seed, traced);
+/// Plays a seed in a given way.
+///
+/// # Errors
+/// The rule that it breaks.
+pub fn run_as(seed: u64, how: &Play) -> Result<Summary, Box<Failure>> {
+    let mut world = World::new(seed, how);
     let ended = catch_unwind(AssertUnwindSafe(|| play(&mut world)));
     if let Err(panic) = ended {
         let text = panic.downcast_ref::<String>().cloned();
@@ -93,9 +122,10 @@ fn run_once(seed: u64, traced: bool) -> Result<Summary, Box<Failure>> {
     }
     match world.failure.take() {
         Some(what) => {
-            Err(Box::new(Failure { seed, what, trace: world.trace.take().map(Vec::from).unwrap_or_default() }))
+            let trace = world.trace.take().map(Vec::from).unwrap_or_default();
+            Err(Box::new(Failure { seed, what, trace, script: world.done }))
         }
-        None => Ok(Summary { completed: world.completed, seen: world.seen }),
+        None => Ok(Summary { completed: world.completed, seen: world.seen, script: world.done, ended_ms: world.now }),
     }
 }
 

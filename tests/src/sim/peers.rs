@@ -95,7 +95,7 @@ impl World {
             TaskKind::Plan => {
                 let intents: Vec<_> = task.lists.into_iter().flat_map(|l| l.intents).collect();
                 let planned = self.replica(s).plan(task.n, &intents);
-                self.note(|| format!("b{s} plans under n={}: {planned} {intents:?}", task.n));
+                self.event(|| format!("b{s} plans under n={}: {planned} {intents:?}", task.n));
                 self.bricks[s].task = None;
             }
             TaskKind::Finish => {

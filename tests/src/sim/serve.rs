@@ -218,7 +218,7 @@ impl World {
                 for (ino, extents) in files {
                     self.bricks[s].disk.flushed(ino, upto);
                     let cleared = self.replica(s).clear_intents(ino, &extents, began_ms);
-                    self.note(|| format!("b{s} clears intents {ino:?} {cleared:?}"));
+                    self.event(|| format!("b{s} clears intents {ino:?} {cleared:?}"));
                     self.bricks[s].disk.forget_intents(ino, &cleared);
                 }
                 self.bricks[s].clearing = false;
@@ -237,7 +237,7 @@ impl World {
                     self.bricks[s].disk.flushed(ino, upto);
                 }
                 let done = self.replica(s).repaired(n);
-                self.note(|| format!("b{s} repaired under n={n}: {done}"));
+                self.event(|| format!("b{s} repaired under n={n}: {done}"));
                 if self.rng.chance(200) {
                     self.tempt(None, &[0, 1, 2]);
                 }
@@ -259,7 +259,7 @@ impl World {
                 }
                 self.bricks[s].disk.record_clean(true);
                 self.count("clean stop");
-                self.note(|| format!("b{s} stopped cleanly"));
+                self.event(|| format!("b{s} stopped cleanly"));
                 let down = self.rng.between(50, 2000);
                 self.stop_brick(s, false, down);
             }
@@ -306,7 +306,7 @@ impl World {
             Body::Mutate(_, Mutation::Truncate { size }) => job.sized = self.bricks[s].disk.set_size(ino, size),
             _ => {}
         }
-        self.note(|| format!("b{s} wrote {} of {ino:?}, sized={}", op.0, job.sized));
+        self.event(|| format!("b{s} wrote {} of {ino:?}, sized={}", op.0, job.sized));
         if self.rng.chance(50) {
             self.tempt(Some(job.wire.connection.client), &[0, 1, 2]);
         }
@@ -338,7 +338,7 @@ impl World {
                 self.bricks[s].disk.write(ino, block, content.blocks[block]);
             }
             job.sized = size;
-            self.note(|| {
+            self.event(|| {
                 format!("b{s} pulled {ino:?} {range:?} size={size} from b{} doubt={doubt:?} {content:?}", from.0)
             });
         }

@@ -7,10 +7,11 @@ use mortar_proto::metadata::monitor::Timing;
 use mortar_proto::types::{BLOCK_BYTES, BootId, EXTENT_BYTES, Ino, REGION_BYTES, SessionId};
 use mortar_proto::{Configuration, Incarnation, Slot};
 
+use super::acts::{Act, Script};
 use super::brick::{Brick, Peer, Step};
 use super::client::Client;
 use super::disk::{BLOCKS, Content, Geometry};
-use super::faults::{Faults, Strike};
+use super::faults::Faults;
 use super::history::History;
 use super::leader::{FromLeader, Leader, ToLeader};
 use super::rng::Rng;
@@ -121,23 +122,48 @@ pub enum Happening {
     FromLeader(FromLeader),
     /// The leader looks at its clock.
     LeaderTick,
-    /// Something goes wrong.
+    /// Chance decides what goes wrong.
     Fault,
-    /// A particular thing goes wrong.
-    FaultOf(usize),
-    /// Something goes wrong in one place.
-    Strike(Strike),
+    /// Something is done from outside.
+    Act(Act),
     /// A cut has lasted long enough for the connections to break.
     CutNoticed(Node, Node),
+}
+
+/// A line of a run's trace.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// When, and what.
+    pub text: String,
+    /// It tells the story; the others are details.
+    pub main: bool,
+}
+
+/// How a seed is played.
+#[derive(Clone, Debug, Default)]
+pub struct Play {
+    /// Its events are wanted.
+    pub traced: bool,
+    /// These acts instead of random ones.
+    pub script: Option<Script>,
+    /// Other dice than the seed's own: 0 are those.
+    pub dice: u64,
 }
 
 /// Everything.
 pub struct World {
     /// The clock.
     pub now: u64,
-    /// Chance.
+    /// The dice: how long everything takes, and how it breaks.
     pub rng: Rng,
-    queue: BTreeMap<(u64, u64), Happening>,
+    /// What decides on acts; apart from the dice, so that a script of the same acts meets the same dice.
+    pub chaos: Rng,
+    /// The acts come from a script.
+    pub scripted: bool,
+    /// What was done so far.
+    pub done: Script,
+    /// By time; of one time acts come first, the rest in the order in which it was asked for.
+    queue: BTreeMap<(u64, bool, u64), Happening>,
     order: u64,
     /// The bricks.
     pub bricks: Vec<Brick>,
@@ -165,7 +191,7 @@ pub struct World {
     /// What went wrong with the machines.
     pub failure: Option<String>,
     /// The last events, if they are wanted.
-    pub trace: Option<VecDeque<String>>,
+    pub trace: Option<VecDeque<Line>>,
     /// Applications ask for nothing more.
     pub winding_down: bool,
     /// How many operations were submitted and completed.
@@ -181,7 +207,7 @@ pub struct World {
 impl World {
     /// The world of a seed.
     #[must_use]
-    pub fn new(seed: u64, traced: bool) -> Self {
+    pub fn new(seed: u64, play: &Play) -> Self {
         let mut rng = Rng::new(seed);
         let boundary = if rng.chance(300) { EXTENT_BYTES } else { REGION_BYTES };
         let geometry = Geometry { base: boundary - (BLOCKS as u64 / 2) * BLOCK_BYTES };
@@ -208,13 +234,16 @@ impl World {
             disk_ms,
             counter: 1000,
             failure: None,
-            trace: traced.then(VecDeque::new),
+            trace: play.traced.then(VecDeque::new),
             winding_down: false,
             submitted: 0,
             completed: 0,
             accepted: BTreeMap::new(),
             seen: BTreeMap::new(),
             rng,
+            chaos: Rng::new(!seed),
+            scripted: play.script.is_some(),
+            done: Script::new(),
         };
         world.leader.session_ttl_ms = world.rng.between(700, 2500);
         for slot in 0..3 {
@@ -226,7 +255,17 @@ impl World {
             world.after(1, Happening::ClientStart(client));
         }
         world.after(5, Happening::LeaderTick);
-        world.after(500, Happening::Fault);
+        if play.dice != 0 {
+            world.rng = Rng::new(seed ^ play.dice << 48);
+        }
+        match &play.script {
+            Some(script) => {
+                for (at, act) in script {
+                    world.after_chance(at.saturating_sub(world.now), Happening::Act(*act));
+                }
+            }
+            None => world.after_chance(500, Happening::Fault),
+        }
         world
     }
 
@@ -239,27 +278,39 @@ impl World {
     pub fn count(&mut self, what: &'static str) {
         *self.seen.entry(what).or_default() += 1;
     }
-    /// Writes something into the trace.
+    /// Writes a detail into the trace.
     pub fn note(&mut self, line: impl FnOnce() -> String) {
+        self.write_down(line, false);
+    }
+    /// Writes something that matters into the trace.
+    pub fn event(&mut self, line: impl FnOnce() -> String) {
+        self.write_down(line, true);
+    }
+    fn write_down(&mut self, line: impl FnOnce() -> String, main: bool) {
         if let Some(trace) = &mut self.trace {
             if trace.len() >= 4000 {
                 trace.pop_front();
             }
-            trace.push_back(format!("{:>6} {}", self.now, line()));
+            trace.push_back(Line { text: format!("{:>6} {}", self.now, line()), main });
         }
     }
     /// A rule is broken.
     pub fn fail(&mut self, what: impl FnOnce() -> String) {
         if self.failure.is_none() {
             let what = what();
-            self.note(|| format!("FAILED {what}"));
+            self.event(|| format!("FAILED {what}"));
             self.failure = Some(what);
         }
     }
     /// Something happens in `delay_ms`.
     pub fn after(&mut self, delay_ms: u64, happening: Happening) {
         self.order += 1;
-        self.queue.insert((self.now + delay_ms, self.order), happening);
+        self.queue.insert((self.now + delay_ms, true, self.order), happening);
+    }
+    /// Something that comes from outside happens in `delay_ms`, and not in this same millisecond.
+    pub fn after_chance(&mut self, delay_ms: u64, happening: Happening) {
+        self.order += 1;
+        self.queue.insert((self.now + delay_ms.max(1), false, self.order), happening);
     }
     /// Until when messages from one to another are held up.
     #[must_use]
@@ -293,13 +344,10 @@ impl World {
     /// Runs until the end of the phase, or until a rule is broken.
     pub fn run_until(&mut self, end: u64) {
         while self.failure.is_none() {
-            let Some(((at, _), happening)) = self.queue.pop_first() else { break };
-            if at > end {
-                self.order += 1;
-                let order = self.order;
-                self.queue.insert((at, order), happening);
+            if self.queue.first_key_value().is_none_or(|((at, _, _), _)| *at > end) {
                 break;
             }
+            let Some(((at, _, _), happening)) = self.queue.pop_first() else { break };
             self.now = self.now.max(at);
             self.happen(happening);
             self.check_step();
@@ -412,8 +460,7 @@ impl World {
                 self.after(50, Happening::LeaderTick);
             }
             Happening::Fault => self.fault(),
-            Happening::FaultOf(kind) => self.fault_of(kind),
-            Happening::Strike(strike) => self.strike(strike),
+            Happening::Act(act) => self.act(act),
             Happening::CutNoticed(a, b) => {
                 if self.cut_until(a, b).is_some()
                     && let (Node::Client(c), Node::Brick(s)) | (Node::Brick(s), Node::Client(c)) = (a, b)

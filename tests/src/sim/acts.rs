@@ -1,0 +1,168 @@
+//! What applications ask for and what goes wrong, as values: a run draws its acts by chance and writes them down; given such
+//! a script it plays that instead, to the letter with the same dice. So a failing run can be shrunk, and one can be written
+//! by hand.
+
+use core::fmt;
+
+use mortar_proto::types::Ino;
+
+use super::world::{Node, World};
+
+/// What an application asks for, in blocks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ask {
+    /// Write these blocks.
+    Write {
+        /// The first.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// Cut or grow the file to so many blocks.
+    Truncate {
+        /// How many.
+        blocks: usize,
+    },
+    /// Read these blocks.
+    Read {
+        /// The first.
+        first: usize,
+        /// How many.
+        count: usize,
+    },
+    /// `fsync(2)`
+    Flush,
+    /// `stat(2)`
+    Stat,
+}
+
+/// Something that is done to the world from outside.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Act {
+    /// An application asks for something.
+    Ask(usize, Ino, Ask),
+    /// An application closes a file that has failed.
+    Close(usize, Ino),
+    /// A client's process dies and comes back after so many milliseconds.
+    Crash(usize, u64),
+    /// A brick's process dies; with `power`, its server.
+    Kill {
+        /// Which.
+        brick: usize,
+        /// Its server loses power.
+        power: bool,
+        /// When it comes back.
+        down_ms: u64,
+    },
+    /// A brick does nothing for so long.
+    Pause(usize, u64),
+    /// Messages one way are held up for so long.
+    Cut(Node, Node, u64),
+    /// A client's connection to a brick breaks.
+    Break(usize, usize),
+    /// The leader does nothing for so long.
+    PauseLeader(u64),
+    /// Another leader is elected.
+    Elect,
+    /// A brick is asked to stop cleanly.
+    Stop(usize),
+    /// A brick fails its next flush.
+    FailFlush(usize),
+    /// A brick has no space left, or has some again.
+    Full(usize, bool),
+}
+
+impl fmt::Display for Act {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Ask(c, ino, Ask::Write { first, count: 1 }) => write!(f, "c{c} writes block {first} of {ino}"),
+            Self::Ask(c, ino, Ask::Write { first, count }) => {
+                write!(f, "c{c} writes blocks {first} to {} of {ino}", first + count - 1)
+            }
+            Self::Ask(c, ino, Ask::Truncate { blocks }) => write!(f, "c{c} truncates {ino} to {blocks} blocks"),
+            Self::Ask(c, ino, Ask::Read { first, count }) => {
+                write!(f, "c{c} reads blocks {first} to {} of {ino}", first + count - 1)
+            }
+            Self::Ask(c, ino, Ask::Flush) => write!(f, "c{c} flushes {ino}"),
+            Self::Ask(c, ino, Ask::Stat) => write!(f, "c{c} asks for the size of {ino}"),
+            Self::Close(c, ino) => write!(f, "c{c} closes {ino}, which has failed"),
+            Self::Crash(c, down) => write!(f, "c{c} crashes, and starts again after {down} ms"),
+            Self::Kill { brick, power: false, down_ms } => {
+                write!(f, "b{brick} is killed, and starts after {down_ms} ms")
+            }
+            Self::Kill { brick, power: true, down_ms } => {
+                write!(f, "b{brick} loses power, and starts after {down_ms} ms")
+            }
+            Self::Pause(s, for_ms) => write!(f, "b{s} stands still for {for_ms} ms"),
+            Self::Cut(from, to, for_ms) => write!(f, "what {from} sends to {to} is held up for {for_ms} ms"),
+            Self::Break(c, s) => write!(f, "the connection of c{c} to b{s} breaks"),
+            Self::PauseLeader(for_ms) => write!(f, "the leader stands still for {for_ms} ms"),
+            Self::Elect => write!(f, "another leader is elected"),
+            Self::Stop(s) => write!(f, "b{s} is asked to stop"),
+            Self::FailFlush(s) => write!(f, "b{s} is going to fail its next flush"),
+            Self::Full(s, true) => write!(f, "b{s} has no space left"),
+            Self::Full(s, false) => write!(f, "b{s} has space again"),
+        }
+    }
+}
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Client(c) => write!(f, "c{c}"),
+            Self::Brick(s) => write!(f, "b{s}"),
+            Self::Leader => write!(f, "the leader"),
+        }
+    }
+}
+
+impl Act {
+    /// It is a fault, so it ends with the time of faults.
+    #[must_use]
+    pub fn is_fault(&self) -> bool {
+        !matches!(self, Self::Ask(..) | Self::Close(..))
+    }
+}
+
+/// Acts and when they are done, in milliseconds of the world's clock.
+pub type Script = Vec<(u64, Act)>;
+
+impl World {
+    /// Does something to the world, now.
+    pub(super) fn act(&mut self, act: Act) {
+        if act.is_fault() && self.now >= self.faults.until_ms {
+            return;
+        }
+        self.done.push((self.now, act));
+        self.event(|| act.to_string());
+        match act {
+            Act::Ask(c, ino, ask) => self.ask(c, ino, ask),
+            Act::Close(c, ino) => self.close_failed(c, ino),
+            Act::Crash(c, down_ms) => {
+                if self.clients[c].up {
+                    self.count("client crash");
+                    self.crash_client(c, down_ms);
+                }
+            }
+            Act::Kill { brick, power, down_ms } => {
+                self.count(if power { "power cut" } else { "kill" });
+                self.stop_brick(brick, power, down_ms);
+            }
+            Act::Pause(s, for_ms) => self.bricks[s].paused_until = self.now + for_ms,
+            Act::Cut(from, to, for_ms) => self.cut(from, to, for_ms),
+            Act::Break(c, s) => self.break_link(c, s),
+            Act::PauseLeader(for_ms) => self.leader.paused_until = self.now + for_ms,
+            Act::Elect => {
+                let now = self.now;
+                self.leader.elected(now);
+            }
+            Act::Stop(s) => {
+                if self.bricks[s].is_up() && self.bricks[s].stopping.is_none() {
+                    self.bricks[s].stopping = Some(self.now);
+                }
+            }
+            Act::FailFlush(s) => self.bricks[s].flush_fails = true,
+            Act::Full(s, full) => self.bricks[s].full = full,
+        }
+    }
+}
