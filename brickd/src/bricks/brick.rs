@@ -25,6 +25,7 @@ use rustix::time::ClockId;
 use super::Whole;
 use super::answers::Answers;
 use super::chores::Chore;
+use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use crate::log::Log;
 use crate::store::{BrickDir, BrickId3, Journal, Objects, Record, Removal, StoreError};
@@ -106,6 +107,7 @@ pub struct Brick {
     pub(super) is_low: AtomicBool,
     space: Mutex<(u64, u64)>,
     pub(super) repaired_bytes: AtomicU64,
+    pub(super) pace: Pace,
     failed: Mutex<String>,
     pub(super) is_stopping: AtomicBool,
     is_closed: AtomicBool,
@@ -116,11 +118,14 @@ pub struct Brick {
     pub(super) pools: Pools,
 }
 
-fn pool(name: &str, threads: usize) -> std::io::Result<Sender<Job>> {
+/// Threads for jobs of one kind, as nice as that.
+fn pool(name: &str, threads: usize, niceness: i32) -> std::io::Result<Sender<Job>> {
     let (jobs, taken) = unbounded::<Job>();
     for _ in 0..threads {
         let taken = taken.clone();
         std::thread::Builder::new().name(name.into()).spawn(move || {
+            // Without the right to it, they are as nice as the thread that opened the brick.
+            let _ = rustix::process::setpriority_process(Some(rustix::thread::gettid()), niceness);
             while let Ok(job) = taken.recv() {
                 job();
             }
@@ -188,6 +193,7 @@ impl Brick {
             is_low: AtomicBool::new(false),
             space: Mutex::new(space),
             repaired_bytes: AtomicU64::new(0),
+            pace: Pace::default(),
             failed: Mutex::default(),
             is_stopping: AtomicBool::new(false),
             is_closed: AtomicBool::new(false),
@@ -195,10 +201,10 @@ impl Brick {
             next_peer: AtomicU32::new(0),
             connections: Mutex::default(),
             pools: Pools {
-                general: pool("brick-work", WORKERS)?,
-                admitted: pool("brick-write", ADMITTED)?,
-                pulls: pool("brick-pull", PULLERS)?,
-                peers: pool("brick-peer", PEER_WORKERS)?,
+                general: pool("brick-work", WORKERS, 0)?,
+                admitted: pool("brick-write", ADMITTED, 0)?,
+                pulls: pool("brick-pull", PULLERS, NICENESS)?,
+                peers: pool("brick-peer", PEER_WORKERS, NICENESS)?,
             },
         });
         super::chores::start(&brick, tree, to_do)?;

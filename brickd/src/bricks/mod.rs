@@ -11,6 +11,7 @@
 //! | `requests` | taking a request in: what is refused, what is done at once, who does the rest |
 //! | `run` | running a request: admission, durability, data, answer |
 //! | `list` | lists of regions and extents, in pages |
+//! | `pace` | how repair gives way to applications `[S5]` |
 //! | `pull` | taking ranges from another brick `[S2]`, `[W2]` |
 //! | `peers` | connections to other bricks |
 //! | `tasks` | what a brick does by itself: plan and end of repair `[S1]`, `[S4]`, clearing intents `[W7]`, probing the disk `[E4]` |
@@ -22,6 +23,7 @@ mod answers;
 mod brick;
 mod chores;
 mod list;
+mod pace;
 mod peers;
 mod pull;
 mod requests;

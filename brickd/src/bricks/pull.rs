@@ -32,8 +32,8 @@ fn sums_from(bytes: &[u8]) -> Vec<Sum> {
     bytes.chunks_exact(8).map(|s| s.try_into().map_or(HOLE, Sum::from_le_bytes)).collect()
 }
 
-/// Makes the range (or the size) here as it is at the source.
-pub(super) fn pull(brick: &Brick, ino: Ino, stamp: &Stamp, pull: &data::Pull) -> Result<(), Answer> {
+/// Makes the range (or the size) here as it is at the source. Tells whether the source is busy with applications `[S5]`.
+pub(super) fn pull(brick: &Brick, ino: Ino, stamp: &Stamp, pull: &data::Pull) -> Result<bool, Answer> {
     let Some(from) = Slot::ALL.get(pull.from as usize).copied().filter(|s| *s != brick.slot) else {
         return Err(failed(libc::EINVAL, "a pull from a slot that is none, or from itself", false));
     };
@@ -41,10 +41,10 @@ pub(super) fn pull(brick: &Brick, ino: Ino, stamp: &Stamp, pull: &data::Pull) ->
     let (outcome, _) = ask(brick, from, ino, stamp, What::Sums(data::Sums { start: range.start, end: range.end }))?;
     let Outcome::Sums(theirs) = outcome else { return Err(unreachable("it answered something else")) };
     if pull.size {
-        return take_size(brick, ino, theirs.size);
+        return take_size(brick, ino, theirs.size).map(|()| theirs.busy);
     }
     let copy = Copy { brick, ino, stamp, from, is_recovery: pull.recovery, range, size: theirs.size };
-    copy.compare_and_fetch(&sums_from(&theirs.sums))
+    copy.compare_and_fetch(&sums_from(&theirs.sums)).map(|()| theirs.busy)
 }
 
 fn take_size(brick: &Brick, ino: Ino, size: u64) -> Result<(), Answer> {

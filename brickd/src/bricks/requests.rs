@@ -27,7 +27,7 @@ pub(super) enum Sender {
 pub(super) type Answer = (Outcome, Vec<u8>);
 
 pub(super) fn done() -> Answer {
-    (Outcome::Done(data::Done {}), Vec::new())
+    (Outcome::Done(data::Done::default()), Vec::new())
 }
 pub(super) fn behind() -> Answer {
     (Outcome::Behind(data::Behind {}), Vec::new())
@@ -62,6 +62,12 @@ pub(super) fn take(
     };
     if let Some(refusal) = refuse(&what, payload, sender) {
         return respond(refusal);
+    }
+    // [S5] What applications ask for; what repairs asks of a client's link is none of it.
+    let repairs =
+        matches!(what, What::Pull(_) | What::RepairList(_) | What::ClearMissed(_) | What::Settle(_) | What::Fence(_));
+    if sender != Sender::Brick && !repairs {
+        brick.pace.asked(brick.now_ms());
     }
     let ino = Ino(request.ino);
     let stamp = stamp(&request.stamp.unwrap_or_default(), sender);

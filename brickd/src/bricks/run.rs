@@ -216,14 +216,18 @@ fn apply(brick: &Arc<Brick>, asked: &Asked, ticket: Ticket, purpose: Purpose) ->
             conclude(brick, ino, ticket, purpose, changed)
         }
         What::Pull(p) => {
+            let began_ms = brick.now_ms();
             let pulled = pull::pull(brick, ino, &asked.stamp, p);
             let region = p.start / REGION_BYTES;
             let is_region = p.start % REGION_BYTES == 0 && p.end - p.start == REGION_BYTES;
+            let now_ms = brick.now_ms();
             if pulled.is_ok() && !p.recovery && (p.size || is_region) {
                 brick.replica.lock().pulled_region(ino, if p.size { SIZE_REGION } else { region });
             }
             finish(brick, ticket, purpose, p.size, pulled.is_ok());
-            pulled.map_or_else(|answer| answer, |()| done())
+            let pause = |busy| brick.pace.pause_ms(busy, now_ms - began_ms, now_ms) as u32;
+            pulled
+                .map_or_else(|answer| answer, |busy| (Outcome::Done(data::Done { pause_ms: pause(busy) }), Vec::new()))
         }
         what => {
             let answer = ask(brick, ino, what);
@@ -330,7 +334,15 @@ fn ask(brick: &Brick, ino: Ino, what: &What) -> Answer {
         }
         What::RepairList(r) => list::to_repair(brick, ino, r.slot),
         What::Sums(s) => match brick.objects.sums(ino, ByteRange { start: s.start, end: s.end }) {
-            Ok((sums, size)) => (Outcome::Sums(data::SumsReply { sums: sums.into(), size, next_data: 0 }), Vec::new()),
+            Ok((sums, size)) => (
+                Outcome::Sums(data::SumsReply {
+                    sums: sums.into(),
+                    size,
+                    next_data: 0,
+                    busy: brick.pace.is_busy(brick.now_ms()),
+                }),
+                Vec::new(),
+            ),
             Err(e) => store_failed(brick, &e),
         },
         What::Read(what) => read(brick, ino, what, false).unwrap_or_else(behind),

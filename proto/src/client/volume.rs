@@ -134,6 +134,11 @@ impl LinkEvents for Port {
     }
     fn response(&self, response: data::Response, payload: &[u8]) {
         let Some((file, request, body)) = self.outstanding.lock().remove(&response.id) else { return };
+        if let (Some(data::response::Outcome::Done(done)), Body::Pull { .. }, Some(volume)) =
+            (&response.outcome, &body, self.volume.upgrade())
+        {
+            volume.repair.lock().pause(u64::from(done.pause_ms));
+        }
         let (answer, bytes) = messages::answer(response.outcome, &body, payload);
         if answer == Answer::Corrupt {
             tracing::error!(ino = %file.id.ino, slot = self.slot.0, "a block does not match its checksum; reading another replica");
@@ -172,7 +177,33 @@ struct RepairRate {
     rate: u64,
     allowance: u64,
     last_ms: u64,
+    /// How long a region waits for the one before it: what bricks that are busy with applications asked for.
+    pause_ms: u64,
+    /// When the last one was permitted.
+    permitted_ms: u64,
     wanting: VecDeque<Ino>,
+}
+
+impl RepairRate {
+    /// A region was pulled, by a brick that asks for this pause.
+    fn pause(&mut self, pause_ms: u64) {
+        self.pause_ms = (self.pause_ms + pause_ms.min(1000)).div_ceil(2);
+    }
+
+    /// Whose region may be repaired next, if it is time for one.
+    fn permit(&mut self, now_ms: u64) -> Option<Ino> {
+        let passed = now_ms - self.last_ms.min(now_ms);
+        self.last_ms = now_ms;
+        let most = self.rate.max(REGION_BYTES);
+        self.allowance = (self.allowance + self.rate * passed / 1000).min(most);
+        let is_early = self.rate > 0 && self.allowance < REGION_BYTES || self.permitted_ms + self.pause_ms > now_ms;
+        if is_early || self.wanting.is_empty() {
+            return None;
+        }
+        self.allowance = self.allowance.saturating_sub(REGION_BYTES);
+        self.permitted_ms = now_ms;
+        self.wanting.pop_front()
+    }
 }
 
 impl Volume {
@@ -569,19 +600,7 @@ impl Volume {
 
     fn grant_permits(&self) {
         loop {
-            let ino = {
-                let mut repair = self.repair.lock();
-                let now = self.now_ms();
-                let passed = now - repair.last_ms.min(now);
-                repair.last_ms = now;
-                let most = repair.rate.max(REGION_BYTES);
-                repair.allowance = (repair.allowance + repair.rate * passed / 1000).min(most);
-                if repair.wanting.is_empty() || (repair.rate > 0 && repair.allowance < REGION_BYTES) {
-                    return;
-                }
-                repair.allowance = repair.allowance.saturating_sub(REGION_BYTES);
-                repair.wanting.pop_front()
-            };
+            let ino = self.repair.lock().permit(self.now_ms());
             let Some(ino) = ino else { return };
             let file = self.files.read().get(&ino).cloned();
             if let Some(file) = file {
@@ -810,5 +829,24 @@ fn timeouts(io_timeout_ms: u32, no_quorum_ms: u32) -> Timeouts {
         io_timeout_ms,
         hedge_ms: (io_timeout_ms / 8).clamp(50, 500),
         no_quorum_ms: (no_quorum_ms > 0).then(|| u64::from(no_quorum_ms)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repair_keeps_to_its_rate_and_to_the_pauses_that_busy_bricks_ask_for() {
+        let permits = |rate: u64, pause_ms: u64| {
+            let mut repair = RepairRate { rate, last_ms: 1_000, ..RepairRate::default() };
+            repair.pause(pause_ms);
+            repair.wanting = (0..10_000).map(Ino).collect();
+            (1_000..11_000).filter(|now| repair.permit(*now).is_some()).count()
+        };
+        // Ten seconds: as often as it is asked, ten regions a second, one each 50 ms.
+        assert_eq!(permits(0, 0), 10_000);
+        assert_eq!(permits(10 * REGION_BYTES, 0), 99);
+        assert_eq!(permits(0, 100), 200);
     }
 }

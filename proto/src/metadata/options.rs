@@ -89,7 +89,7 @@ pub const OPTIONS: &[VolumeOption] = &[
         key: "repair.rate",
         kind: Kind::Rate,
         default: "0",
-        meaning: "bytes a second that each client repairs at most; 0 is no limit",
+        meaning: "bytes a second that each client repairs at most; 0: no limit but what applications leave",
     },
 ];
 

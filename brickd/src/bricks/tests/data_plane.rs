@@ -15,7 +15,7 @@ const IN_SYNC: [BrickState; 3] = [BrickState::InSync; 3];
 const A: Slot = Slot(0);
 
 fn done() -> Outcome {
-    Outcome::Done(data::Done {})
+    Outcome::Done(data::Done::default())
 }
 fn write(offset: u64) -> What {
     What::Write(data::Write { offset, sums: Default::default() })

@@ -368,7 +368,7 @@ impl<'a> Holder<'a> {
         self.seq += 1;
         let stamp = self.stamp(self.seq);
         for slot in self.world.configuration().writable().iter() {
-            assert_eq!(self.ask(slot, stamp, what, payload), Outcome::Done(data::Done {}), "{slot:?}");
+            assert_eq!(self.ask(slot, stamp, what, payload), Outcome::Done(data::Done::default()), "{slot:?}");
         }
     }
 
@@ -404,10 +404,14 @@ impl<'a> Holder<'a> {
                 let pull = data::Pull { start, end, size, from: u32::from(from.0), ..Default::default() };
                 self.seq += 1;
                 let stamp = self.stamp(self.seq);
-                assert_eq!(self.ask(x, stamp, &What::Pull(pull), &[]), Outcome::Done(data::Done {}), "region {region}");
+                assert_eq!(
+                    self.ask(x, stamp, &What::Pull(pull), &[]),
+                    Outcome::Done(data::Done::default()),
+                    "region {region}"
+                );
                 for slot in in_sync.iter() {
                     let clear = What::ClearMissed(data::ClearMissed { slot: u32::from(x.0), region });
-                    assert_eq!(self.ask(slot, self.stamp(0), &clear, &[]), Outcome::Done(data::Done {}));
+                    assert_eq!(self.ask(slot, self.stamp(0), &clear, &[]), Outcome::Done(data::Done::default()));
                 }
                 repaired.push(region);
             }
