@@ -17,6 +17,8 @@ use crate::log::Log;
 
 /// How often it looks for work.
 const LOOK: Duration = Duration::from_millis(300);
+/// Of so many looks one asks all bricks what is corrupt on them.
+const ALL_EVERY: u32 = 5;
 /// Files that it has in hand at the same time.
 const MAX_FILES: usize = 32;
 /// How long a brick's server may take to answer.
@@ -27,6 +29,7 @@ pub fn start(log: Log, address: String) {
     tokio::spawn(async move {
         let mut session: Option<Arc<Volume>> = None;
         let mut in_hand: BTreeSet<Ino> = BTreeSet::new();
+        let mut looks = 0;
         loop {
             tokio::time::sleep(LOOK).await;
             if !log.is_leader() {
@@ -36,7 +39,8 @@ pub fn start(log: Log, address: String) {
                 }
                 continue;
             }
-            let wanted = look(&log).await;
+            looks = (looks + 1) % ALL_EVERY;
+            let wanted = look(&log, looks == 0).await;
             if session.is_none() && wanted.is_empty() {
                 continue;
             }
@@ -92,9 +96,10 @@ fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, SetId>, in_hand: &mut BTr
     }
 }
 
-/// Files that nobody holds and that need something: what an earlier holder left unsettled, or what a `Syncing` brick lacks.
-async fn look(log: &Log) -> BTreeMap<Ino, SetId> {
-    let (mut wanted, ask) = log.with_state(|state| (unsettled(state), tellers(state)));
+/// Files that nobody holds and that need something: what an earlier holder left unsettled, what a `Syncing` brick lacks, or, with
+/// `all`, what is corrupt on an `InSync` one `[R5]`.
+async fn look(log: &Log, all: bool) -> BTreeMap<Ino, SetId> {
+    let (mut wanted, ask) = log.with_state(|state| (unsettled(state), tellers(state, all)));
     let answers = futures::future::join_all(ask.into_iter().map(|(brick, address, slots)| async move {
         let asked = async {
             let endpoint = Endpoint::from_shared(format!("http://{address}")).ok()?.connect_timeout(ASK_TIMEOUT);
@@ -103,7 +108,7 @@ async fn look(log: &Log) -> BTreeMap<Ino, SetId> {
         };
         let reply = tokio::time::timeout(ASK_TIMEOUT, asked).await.ok().flatten()?.into_inner();
         let lists = reply.missed.into_iter().filter(|m| slots.contains(&m.slot));
-        Some(lists.flat_map(|m| m.files).map(|f| Ino(f.ino)).collect::<Vec<Ino>>())
+        Some(lists.flat_map(|m| m.files).filter(|f| !f.given_up).map(|f| Ino(f.ino)).collect::<Vec<Ino>>())
     }))
     .await;
     log.with_state(|state| {
@@ -126,20 +131,22 @@ fn unsettled(state: &State) -> BTreeMap<Ino, SetId> {
     state.inodes.iter().filter_map(of).collect()
 }
 
-/// Bricks that know what a `Syncing` brick lacks: the `InSync` ones, and itself. With the slots they are asked about.
-fn tellers(state: &State) -> Vec<(BrickId, String, Vec<u32>)> {
+/// Bricks that know what a `Syncing` brick lacks: the `InSync` ones, and itself. With the slots they are asked about: with `all`,
+/// each about itself as well.
+fn tellers(state: &State, all: bool) -> Vec<(BrickId, String, Vec<u32>)> {
     let mut tellers = Vec::new();
     for set in state.sets.values() {
         let configuration = &set.configuration;
         let lacking: Vec<u32> = configuration.syncing().iter().map(|s| u32::from(s.0)).collect();
-        if lacking.is_empty() {
+        if lacking.is_empty() && !all {
             continue;
         }
         for slot in Slot::ALL.into_iter().filter(|s| configuration.writable().has(*s)) {
             let brick = configuration.members[slot.index()].brick;
             let server = state.bricks.get(&brick).and_then(|b| state.servers.get(&b.server));
             if let Some(server) = server {
-                tellers.push((brick, server.address.clone(), lacking.clone()));
+                let own = Some(u32::from(slot.0)).filter(|_| all);
+                tellers.push((brick, server.address.clone(), lacking.iter().copied().chain(own).collect()));
             }
         }
     }

@@ -1,6 +1,6 @@
 //! `mortar volume heal NAME info`: what each brick lacks, and how its repair goes on.
 
-use mortar_proto::wire::cluster::{BrickHealRow, FileHealRow, HealInfoReply, VolumeRequest};
+use mortar_proto::wire::cluster::{BrickHealRow, Corruption, FileHealRow, HealInfoReply, VolumeRequest};
 use serde_json::{Value, json};
 
 use crate::cluster::Cluster;
@@ -25,6 +25,10 @@ fn is_whole(brick: &BrickHealRow) -> bool {
     brick.state == "in-sync" && brick.missed_regions == 0 && brick.files.is_empty()
 }
 
+fn corruption(brick: &BrickHealRow) -> Corruption {
+    brick.corruption.unwrap_or_default()
+}
+
 fn to_json(name: &str, reply: &HealInfoReply) -> Value {
     let file = |file: &FileHealRow| {
         let path = (!file.path.is_empty()).then_some(&file.path);
@@ -35,6 +39,8 @@ fn to_json(name: &str, reply: &HealInfoReply) -> Value {
             "server": brick.server, "path": brick.path, "state": brick.state,
             "missed_regions": brick.missed_regions, "missed_bytes": brick.missed_bytes, "rate_bytes": brick.rate_bytes,
             "left_seconds": (brick.left_seconds != UNKNOWN).then_some(brick.left_seconds),
+            "corrupt_found": corruption(brick).found, "corrupt_repaired": corruption(brick).repaired,
+            "corrupt_left": corruption(brick).left,
             "files": brick.files.iter().map(file).collect::<Vec<_>>(),
         })
     };
@@ -46,7 +52,7 @@ fn to_json(name: &str, reply: &HealInfoReply) -> Value {
 }
 
 fn to_text(name: &str, reply: &HealInfoReply) -> String {
-    let mut bricks = table(&["brick", "state", "missed", "bytes", "rate", "time left"]);
+    let mut bricks = table(&["brick", "state", "missed", "bytes", "rate", "time left", "corrupt blocks"]);
     for brick in &reply.bricks {
         let rate = if brick.rate_bytes == 0 { "-".to_owned() } else { format!("{}/s", bytes(brick.rate_bytes)) };
         let left = match brick.left_seconds {
@@ -61,6 +67,7 @@ fn to_text(name: &str, reply: &HealInfoReply) -> String {
             number(bytes(brick.missed_bytes)),
             number(rate),
             number(left),
+            number(corrupt_text(corruption(brick))),
         ]);
     }
     let mut text = format!("Volume {name}\n\n{}\n", text_of(&bricks));
@@ -83,6 +90,15 @@ fn to_text(name: &str, reply: &HealInfoReply) -> String {
     text
 }
 
+/// Corrupt blocks since the brick's server started.
+fn corrupt_text(Corruption { found, repaired, left }: Corruption) -> String {
+    match (found, left) {
+        (0, 0) => "-".to_owned(),
+        (found, 0) => format!("{found} found, {repaired} repaired"),
+        (found, left) => format!("{found} found, {repaired} repaired, {left} left"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,6 +113,7 @@ mod tests {
             rate_bytes: 0,
             left_seconds: UNKNOWN,
             files: Vec::new(),
+            corruption: None,
         }
     }
 
@@ -111,6 +128,10 @@ mod tests {
         assert!(said(vec![brick("in-sync", 0), brick("in-sync", 0)]));
         assert!(!said(vec![brick("in-sync", 0), brick("out", 0)]));
         assert!(!said(vec![brick("in-sync", 0), brick("syncing", 2)]));
+        let mut corrupt = brick("in-sync", 1);
+        corrupt.corruption = Some(Corruption { found: 3, repaired: 2, left: 1 });
+        assert!(to_text("v", &HealInfoReply { bricks: vec![corrupt.clone()] }).contains("3 found, 2 repaired, 1 left"));
+        assert!(!said(vec![corrupt]), "what is corrupt on a brick is there to be healed");
     }
 
     #[test]

@@ -25,6 +25,7 @@ use rustix::time::ClockId;
 use super::Whole;
 use super::answers::Answers;
 use super::chores::Chore;
+use super::damage::Damage;
 use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use crate::log::Log;
@@ -43,6 +44,9 @@ const PEER_WORKERS: usize = 8;
 const CLOCK_SLACK_MS: u64 = 20;
 
 pub(super) type Job = Box<dyn FnOnce() + Send>;
+
+/// What a brick lacks of a file, and whether no other has it.
+type Lacking = (Ino, IntervalSet, bool);
 
 /// What has to be known to open a brick.
 pub(super) struct Opening {
@@ -108,6 +112,7 @@ pub struct Brick {
     space: Mutex<(u64, u64)>,
     pub(super) repaired_bytes: AtomicU64,
     pub(super) pace: Pace,
+    pub(super) damage: Damage,
     failed: Mutex<String>,
     pub(super) is_stopping: AtomicBool,
     is_closed: AtomicBool,
@@ -194,6 +199,7 @@ impl Brick {
             space: Mutex::new(space),
             repaired_bytes: AtomicU64::new(0),
             pace: Pace::default(),
+            damage: Damage::default(),
             failed: Mutex::default(),
             is_stopping: AtomicBool::new(false),
             is_closed: AtomicBool::new(false),
@@ -415,16 +421,18 @@ impl Brick {
         }
     }
 
-    /// What this brick knows of repair: what others miss, and, as its own, what it has planned.
+    /// What this brick knows of repair: what others miss, and, as its own, what it has planned and what is corrupt.
     pub(super) fn heal(&self) -> cluster::BrickHealReply {
-        let lists: Vec<(Slot, Vec<(Ino, IntervalSet)>)> = {
+        let lists: Vec<(Slot, Vec<Lacking>)> = {
             let replica = self.replica.lock();
+            let is_given_up = |x, ino| x == self.slot && replica.repair_list(x, ino).is_some_and(|r| r.is_empty());
+            let files = |x| if x == self.slot { replica.lacking() } else { replica.missed(x) };
             Slot::ALL
                 .into_iter()
-                .map(|x| (x, if x == self.slot { replica.planned_regions() } else { replica.missed(x) }))
+                .map(|x| (x, files(x).into_iter().map(|(ino, set)| (ino, set, is_given_up(x, ino))).collect()))
                 .collect()
         };
-        let row = |(ino, regions): (Ino, IntervalSet)| {
+        let row = |(ino, regions, given_up): Lacking| {
             let size = self.objects.stat(ino).map_or(0, |s| s.size);
             let size_missed = regions.contains(SIZE_REGION);
             let clipped = |region: u64| region.saturating_mul(REGION_BYTES).min(size);
@@ -434,13 +442,13 @@ impl Brick {
                 .map(|r| clipped(r.end).saturating_sub(clipped(r.start)))
                 .sum();
             let regions = regions.len() - u64::from(size_missed);
-            cluster::FileMissed { ino: ino.0, regions, bytes, size: size_missed }
+            cluster::FileMissed { ino: ino.0, regions, bytes, size: size_missed, given_up }
         };
         let missed = lists
             .into_iter()
             .map(|(x, files)| cluster::MissedOf { slot: u32::from(x.0), files: files.into_iter().map(row).collect() })
             .collect();
-        cluster::BrickHealReply { missed }
+        cluster::BrickHealReply { missed, corruption: Some(self.corruption()) }
     }
 
     /// Waits for progress, at most until `until`. False when that has passed.

@@ -130,7 +130,7 @@ impl Brick {
         {
             let replica = self.replica.lock();
             known.extend(replica.intents().into_iter().map(|(ino, _)| ino));
-            known.extend(replica.planned_regions().into_iter().map(|(ino, _)| ino));
+            known.extend(replica.lacking().into_iter().map(|(ino, _)| ino));
             for x in mortar_proto::config::Slot::ALL {
                 known.extend(replica.missed(x).into_iter().map(|(ino, _)| ino));
             }

@@ -5,6 +5,7 @@
 //! | `mod` | the keeper: which bricks there are; telling each what the log says, in order |
 //! | `brick` | one brick: its replica machine, store and journal; heartbeats; failing |
 //! | `stop` | the end of a brick: a clean stop `[E5]` |
+//! | `damage` | what is corrupt here: found, remembered, counted `[R5]` |
 //! | `chores` | what a brick does on its disk because names change: its tree, objects that are gone |
 //! | `serve` | connections |
 //! | `answers` | what goes out on a connection, and how much may wait |
@@ -22,6 +23,7 @@
 mod answers;
 mod brick;
 mod chores;
+mod damage;
 mod list;
 mod pace;
 mod peers;

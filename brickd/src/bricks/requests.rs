@@ -107,6 +107,7 @@ pub(super) fn take(
             Some(answer) => return respond(answer),
             None => &brick.pools.general,
         },
+        (What::Stat(_), _) if has_wrong_size(brick, ino) => return respond(behind()),
         (What::Stat(_), _) => return respond(run::stat(brick, ino)),
         (What::Pull(_), _) => &brick.pools.pulls,
         _ => &brick.pools.general,
@@ -115,6 +116,11 @@ pub(super) fn take(
     let asked = Asked { ino, stamp, what, payload: payload.to_vec(), sender };
     hand_over(brick, pool, answers, id, bytes, move |brick, permit| run::run(brick, &asked, permit));
     None
+}
+
+/// [R5] The file was cut off on this brick: another one knows its size.
+pub(super) fn has_wrong_size(brick: &Brick, ino: Ino) -> bool {
+    brick.replica.lock().has_lost_size(ino) || brick.objects.is_cut_off(ino).unwrap_or(false)
 }
 
 fn hand_over(
@@ -162,7 +168,9 @@ fn refuse(what: &What, payload: &[u8], sender: Sender) -> Option<Answer> {
         start > end || end > MAX_FILE_BYTES || ByteRange { start, end }.to_blocks().len() > MAX_IO_BYTES
     };
     let of_bricks = matches!(what, What::Sums(_) | What::IntentList(_) | What::MissedList(_));
-    if !(of_bricks && sender == Sender::Brick || !of_bricks && sender != Sender::Brick || matches!(what, What::Read(_)))
+    if !(of_bricks && sender == Sender::Brick
+        || !of_bricks && sender != Sender::Brick
+        || matches!(what, What::Read(_) | What::Report(_)))
     {
         return Some(failed(libc::EPERM, "a request of another kind of connection", false));
     }
@@ -191,6 +199,12 @@ fn refuse(what: &What, payload: &[u8], sender: Sender) -> Option<Answer> {
             } else {
                 None
             }
+        }
+        What::Report(r)
+            if r.start > r.end
+                || ByteRange { start: r.start, end: r.end }.to_blocks().len() > MAX_PAYLOAD_BYTES as u64 =>
+        {
+            invalid("a report is of what one read may be of")
         }
         What::Pull(p) if no_slot(p.from) || no_piece(p.start, p.end) => invalid("a pull has a slot and at most 1 MiB"),
         What::Note(n) if no_piece(n.start, n.end) => invalid("a note has at most 1 MiB"),

@@ -14,9 +14,10 @@ use mortar_proto::{BLOCK_BYTES, ByteRange, Epoch, Ino, MAX_FILE_BYTES, REGION_BY
 
 use super::answers::Permit;
 use super::brick::Brick;
+use super::damage;
 use super::list;
 use super::pull;
-use super::requests::{Answer, Sender, behind, done, failed, refused, store_failed};
+use super::requests::{Answer, Sender, behind, done, failed, has_wrong_size, refused, store_failed};
 use crate::store::{Changed, Record, Removal, StoreError};
 
 /// How long a request may wait for the log or for older requests, before its sender has to ask again `[F1]`.
@@ -40,6 +41,8 @@ pub(super) fn run(brick: &Arc<Brick>, asked: &Asked, permit: &Permit) -> Answer 
     let ino = asked.ino;
     match (&asked.what, asked.sender) {
         (What::Read(what), Sender::Session(_)) => read(brick, ino, what, false).unwrap_or_else(behind),
+        (What::Report(report), _) => damage::reported(brick, ino, report),
+        (What::Seek(_), _) if has_wrong_size(brick, ino) => behind(),
         (What::Seek(seek), _) => self::seek(brick, ino, seek),
         (What::IntentList(_) | What::MissedList(_), _) => list::for_peer(brick, ino, &asked.stamp, &asked.what),
         _ => admitted(brick, asked, permit).map_or_else(
@@ -221,9 +224,14 @@ fn apply(brick: &Arc<Brick>, asked: &Asked, ticket: Ticket, purpose: Purpose) ->
             let region = p.start / REGION_BYTES;
             let is_region = p.start % REGION_BYTES == 0 && p.end - p.start == REGION_BYTES;
             let now_ms = brick.now_ms();
-            if pulled.is_ok() && !p.recovery && (p.size || is_region) {
-                brick.replica.lock().pulled_region(ino, if p.size { SIZE_REGION } else { region });
-            }
+            let pulled = pulled.and_then(|busy| {
+                let region = if p.size { SIZE_REGION } else { region };
+                if !p.recovery && (p.size || is_region) {
+                    brick.replica.lock().pulled_region(ino, region);
+                    brick.settle_damage(ino, region).map_err(|e| store_failed(brick, &e))?;
+                }
+                Ok(busy)
+            });
             finish(brick, ticket, purpose, p.size, pulled.is_ok());
             let pause = |busy| brick.pace.pause_ms(busy, now_ms - began_ms, now_ms) as u32;
             pulled
@@ -290,9 +298,15 @@ pub(super) fn read(brick: &Brick, ino: Ino, read: &data::Read, nowait: bool) -> 
     let range = ByteRange::at(read.offset, u64::from(read.length)).to_blocks();
     let (mut bytes, mut sums) = (Vec::new(), Vec::new());
     match brick.objects.read(ino, range, nowait, &mut bytes, &mut sums) {
+        // [R5] What it ends at may not be the end.
+        Ok(Some(size)) if size < range.end && has_wrong_size(brick, ino) => Some(cut_off()),
         Ok(size) => size.map(|size| (Outcome::Read(data::ReadReply { sums: sums.into(), size }), bytes)),
         Err(e) => Some(store_failed(brick, &e)),
     }
+}
+
+fn cut_off() -> Answer {
+    failed(pull::CORRUPT, "the file was cut off on this brick, and is to be repaired", false)
 }
 
 pub(super) fn stat(brick: &Brick, ino: Ino) -> Answer {
@@ -333,6 +347,7 @@ fn ask(brick: &Brick, ino: Ino, what: &What) -> Answer {
             done()
         }
         What::RepairList(r) => list::to_repair(brick, ino, r.slot),
+        What::Sums(_) if has_wrong_size(brick, ino) => cut_off(),
         What::Sums(s) => match brick.objects.sums(ino, ByteRange { start: s.start, end: s.end }) {
             Ok((sums, size)) => (
                 Outcome::Sums(data::SumsReply {

@@ -23,6 +23,9 @@ const PROBE_EVERY: Duration = Duration::from_millis(1000);
 const SPACE_EVERY: Duration = Duration::from_millis(500);
 /// How often records of files that are gone are looked for.
 const GONE_EVERY: Duration = Duration::from_secs(10);
+/// How often it is looked at what was noticed to be corrupt, and again at what nobody could give back.
+const DAMAGE_EVERY: Duration = Duration::from_millis(300);
+const DAMAGE_AGAIN: Duration = Duration::from_secs(15);
 /// Extents that a plan takes from another brick, at most (I9).
 const MAX_PLANNED: usize = 1 << 24;
 
@@ -43,6 +46,8 @@ pub(super) fn start(brick: &Arc<Brick>) -> std::io::Result<()> {
     task("brick-repair", REPAIR_EVERY, repair)?;
     task("brick-intents", INTENTS_EVERY, clear_intents)?;
     task("brick-space", SPACE_EVERY, Brick::look_at_space)?;
+    task("brick-damage", DAMAGE_EVERY, Brick::look_at_noticed)?;
+    task("brick-again", DAMAGE_AGAIN, Brick::try_damage_again)?;
     task("brick-gone", GONE_EVERY, |brick| brick.forget_what_is_gone(Vec::new()))?;
     probe(brick)
 }

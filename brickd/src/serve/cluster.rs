@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use mortar_proto::client::control::with_port;
-use mortar_proto::config::{BrickState, Slot};
+use mortar_proto::config::{BrickState, Slot, Slots};
 use mortar_proto::metadata::state::Volume;
 use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
 use mortar_proto::wire::cluster::{
@@ -374,6 +374,7 @@ impl Cluster for Server {
                         missed_regions: regions,
                         missed_bytes: bytes,
                         rate_bytes,
+                        corruption: known.get(&member.brick).and_then(|reply| reply.corruption),
                         left_seconds: match (bytes, rate_bytes) {
                             (0, _) => 0,
                             (_, 0) => UNKNOWN,
@@ -432,13 +433,13 @@ fn missing(
     known: &HashMap<BrickId, BrickHealReply>,
 ) -> BTreeMap<Ino, (u64, u64)> {
     let mut files: BTreeMap<Ino, (u64, u64)> = BTreeMap::new();
-    if set.configuration.state(slot) == BrickState::InSync {
-        return files;
-    }
+    // [R5] What an InSync brick lacks is what is corrupt on it: it knows that by itself.
+    let in_sync = set.configuration.in_sync();
+    let tellers = if in_sync.has(slot) { Slots::NONE.with(slot) } else { in_sync.with(slot) };
     let of_slot = |reply: &BrickHealReply| -> Option<MissedOf> {
         reply.missed.iter().find(|m| m.slot == u32::from(slot.0)).cloned()
     };
-    for teller in set.configuration.in_sync().with(slot).iter() {
+    for teller in tellers.iter() {
         let brick = set.configuration.members[teller.index()].brick;
         let Some(missed) = known.get(&brick).and_then(of_slot) else { continue };
         for file in missed.files {

@@ -16,4 +16,4 @@ mod objects;
 
 pub use dir::{BrickDir, BrickId3, OpenError, volume_of_brick};
 pub use journal::{Journal, Loaded, Record, Removal};
-pub use objects::{Changed, DataStat, Objects, StoreError};
+pub use objects::{Changed, DataStat, Noticed, Objects, StoreError, regions_of};

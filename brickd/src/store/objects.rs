@@ -3,7 +3,9 @@
 //! Data and sums of a block are read and changed together, under the lock of the stripe that the block is in; a change of
 //! size holds all stripes. Everything goes through the page cache; `flush` makes it durable, data before sums.
 
-use std::collections::HashMap;
+mod verify;
+
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -13,9 +15,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use mortar_proto::checksum::{self, HOLE};
 use mortar_proto::{BLOCK_BYTES, ByteRange, Ino, REGION_BYTES};
-use parking_lot::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::{Errno, ReadWriteFlags};
+
+pub use verify::{Noticed, regions_of};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
 const SUM: usize = 8;
@@ -100,6 +104,7 @@ struct Object {
 pub struct Objects {
     root: PathBuf,
     open: RwLock<HashMap<Ino, Arc<Object>>>,
+    noticed: Mutex<BTreeSet<Noticed>>,
 }
 
 fn shard(ino: Ino) -> String {
@@ -110,7 +115,7 @@ impl Objects {
     /// The objects below `BRICK/.mortar`.
     #[must_use]
     pub fn new(own: &Path) -> Self {
-        Self { root: own.to_owned(), open: RwLock::default() }
+        Self { root: own.to_owned(), open: RwLock::default(), noticed: Mutex::default() }
     }
 
     /// Where an object's data is.
@@ -146,6 +151,8 @@ impl Objects {
                 Err(e) => Err(StoreError::new(format!("opening {}", path.display()), e)),
             }
         };
+        // Data that is gone while its sums are not was lost: it is made anew, empty, and its sums tell what it lacks.
+        let create = create || fs::metadata(self.sums_path(ino)).is_ok_and(|m| m.len() > 0);
         let Some(data) = opened(self.data_path(ino), create)? else { return Ok(None) };
         // A missing sums file beside data is made: its blocks count as holes until they are looked at.
         let Some(sums) = opened(self.sums_path(ino), true)? else { return Ok(None) };
@@ -260,15 +267,23 @@ impl Objects {
                         .and_then(|s| s.try_into().ok())
                         .map_or_else(|| checksum::of_block(new), u64::from_le_bytes)
                 } else {
+                    let was_sound = object.is_sound(start)?;
+                    if !was_sound {
+                        self.notice(Noticed::Block(ino, start / BLOCK_BYTES));
+                    }
                     let mut merged = object.block(start)?;
                     merged[(from - start) as usize..(to - start) as usize].copy_from_slice(new);
-                    checksum::of_block(&merged)
+                    Object::sum_of_changed(&merged, was_sound)
                 };
                 sums.extend_from_slice(&sum.to_le_bytes());
             }
             sums
         };
-        object.data.write_all_at(data, offset).map_err(|e| StoreError::new(format!("writing object {ino:?}"), e))?;
+        if let Err(e) = object.data.write_all_at(data, offset) {
+            // Nobody knows how much of it was written; it is in doubt, and no corruption.
+            let _ = object.resum(blocks);
+            return Err(StoreError::new(format!("writing object {ino:?}"), e));
+        }
         object.put_sums(blocks.start / BLOCK_BYTES, &sums)?;
         Ok(Changed { old_size, new_size: old_size.max(range.end) })
     }
@@ -282,15 +297,14 @@ impl Objects {
         let _held = object.exclusive(ByteRange::ALL);
         object.dirty.store(true, Ordering::Release);
         let old_size = object.size()?;
+        let edges = if size < old_size { object.edges(&[size])? } else { Vec::new() };
         object.data.set_len(size).map_err(|e| StoreError::new(format!("truncating object {ino:?}"), e))?;
         if size < old_size {
             object
                 .sums
                 .set_len(size.div_ceil(BLOCK_BYTES) * SUM as u64)
                 .map_err(|e| StoreError::new(format!("truncating the sums of object {ino:?}"), e))?;
-            if !size.is_multiple_of(BLOCK_BYTES) {
-                object.resum_block(size / BLOCK_BYTES)?;
-            }
+            self.resum_edges(ino, &object, &edges)?;
         }
         Ok(Changed { old_size, new_size: size })
     }
@@ -310,12 +324,15 @@ impl Objects {
         let _held = object.exclusive(if keeps { range } else { ByteRange::ALL });
         object.dirty.store(true, Ordering::Release);
         let old_size = object.size()?;
+        let zeroes = flags.intersects(FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE);
+        let zeroed = ByteRange { start: range.start, end: range.end.min(old_size.next_multiple_of(BLOCK_BYTES)) };
+        let edges = if zeroes && !zeroed.is_empty() { object.edges(&[zeroed.start, zeroed.end])? } else { Vec::new() };
         rustix::fs::fallocate(&object.data, flags, offset, length)
             .map_err(|e| StoreError::new(format!("allocating in object {ino:?}"), e))?;
         let new_size = object.size()?;
-        if flags.intersects(FallocateFlags::PUNCH_HOLE | FallocateFlags::ZERO_RANGE) {
-            let end = range.end.min(old_size.next_multiple_of(BLOCK_BYTES));
-            object.zero_sums(ByteRange { start: range.start, end })?;
+        if zeroes {
+            object.zero_sums(zeroed)?;
+            self.resum_edges(ino, &object, &edges)?;
         }
         Ok(Changed { old_size, new_size })
     }
@@ -414,19 +431,16 @@ impl Objects {
         let Some(object) = self.object(ino, false)? else { return Ok(()) };
         let _held = object.exclusive(range);
         object.dirty.store(true, Ordering::Release);
-        let end = range.end.min(object.size()?.next_multiple_of(BLOCK_BYTES));
-        let mut at = range.to_blocks().start;
-        while at < end {
-            let stop = (at / REGION_BYTES + 1) * REGION_BYTES;
-            let piece = ByteRange { start: at, end: stop.min(end) };
-            let data = object.seek(at, false)?.map_or(u64::MAX, |d| d / BLOCK_BYTES * BLOCK_BYTES);
-            let mut sums = Vec::new();
-            for start in (piece.start..piece.end).step_by(BLOCK) {
-                let sum = if start < data { HOLE } else { checksum::of_block(&object.block(start)?) };
-                sums.extend_from_slice(&sum.to_le_bytes());
+        object.resum(range)
+    }
+
+    /// Makes the sums of blocks anew of which a part was changed.
+    fn resum_edges(&self, ino: Ino, object: &Object, edges: &[(u64, bool)]) -> Result<()> {
+        for (block, was_sound) in edges {
+            if !was_sound {
+                self.notice(Noticed::Block(ino, *block));
             }
-            object.put_sums(piece.start / BLOCK_BYTES, &sums)?;
-            at = piece.end;
+            object.resum_block(*block, *was_sound)?;
         }
         Ok(())
     }
@@ -576,15 +590,35 @@ impl Object {
     }
 
     /// A block's sum from its data, unless it is a hole.
-    fn resum_block(&self, block: u64) -> Result<()> {
+    fn resum_block(&self, block: u64, was_sound: bool) -> Result<()> {
         let stored = self.sums_of(block, 1)?;
         if stored.iter().any(|b| *b != 0) {
-            self.put_sums(block, &checksum::of_block(&self.block(block * BLOCK_BYTES)?).to_le_bytes())?;
+            let sum = Self::sum_of_changed(&self.block(block * BLOCK_BYTES)?, was_sound);
+            self.put_sums(block, &sum.to_le_bytes())?;
         }
         Ok(())
     }
 
-    /// The range reads as zeroes now: whole blocks are holes, the sums of those at its edges are made anew.
+    /// The sums of a range, held by the caller, from its data. What lies past the end of the data has none.
+    fn resum(&self, range: ByteRange) -> Result<()> {
+        let end = range.end.min(self.size()?.next_multiple_of(BLOCK_BYTES));
+        let mut at = range.to_blocks().start;
+        while at < end {
+            let stop = (at / REGION_BYTES + 1) * REGION_BYTES;
+            let piece = ByteRange { start: at, end: stop.min(end) };
+            let data = self.seek(at, false)?.map_or(u64::MAX, |d| d / BLOCK_BYTES * BLOCK_BYTES);
+            let mut sums = Vec::new();
+            for start in (piece.start..piece.end).step_by(BLOCK) {
+                let sum = if start < data { HOLE } else { checksum::of_block(&self.block(start)?) };
+                sums.extend_from_slice(&sum.to_le_bytes());
+            }
+            self.put_sums(piece.start / BLOCK_BYTES, &sums)?;
+            at = piece.end;
+        }
+        self.zero_sums(ByteRange { start: end.max(range.to_blocks().start), end: range.to_blocks().end })
+    }
+
+    /// The range reads as zeroes now: whole blocks are holes; the sums of those at its edges are left to the caller.
     fn zero_sums(&self, range: ByteRange) -> Result<()> {
         if range.is_empty() {
             return Ok(());
@@ -606,11 +640,6 @@ impl Object {
                     let zeroes = vec![0; length.min(end - at) as usize];
                     self.sums.write_all_at(&zeroes, at).map_err(|e| StoreError::new("zeroing sums", e))?;
                 }
-            }
-        }
-        for edge in [range.start, range.end] {
-            if !edge.is_multiple_of(BLOCK_BYTES) {
-                self.resum_block(edge / BLOCK_BYTES)?;
             }
         }
         Ok(())

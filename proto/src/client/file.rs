@@ -25,6 +25,7 @@ impl Caller {
         let error = match completion {
             Completion::Failed(errno) => IoError::Errno(errno),
             Completion::NoQuorum => IoError::NoQuorum,
+            Completion::Corrupt => IoError::Corrupt,
             Completion::LeaseLost => IoError::SessionLost,
             // A completion of another kind than was asked for would be our own mistake; the caller gets an error, not a hang.
             _ => IoError::Errno(5),
@@ -175,6 +176,9 @@ impl File {
                     todo.send.push(Outgoing { request, payload, sums });
                 }
                 Effect::Complete(op, completion) => {
+                    if completion == Completion::Corrupt {
+                        tracing::error!(ino = %self.id.ino, "a block is corrupt on every brick; the read fails with EIO");
+                    }
                     if let Some(caller) = inner.pending.get_mut(&op).and_then(|p| p.caller.take()) {
                         todo.answers.push((caller, completion, std::mem::take(&mut bytes)));
                     }

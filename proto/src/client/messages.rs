@@ -11,6 +11,8 @@ use crate::wire::data::{self, request::What, response::Outcome};
 
 /// `EHOSTUNREACH`: what a brick answers when it cannot reach the source of a pull.
 const SOURCE_UNREACHABLE: u32 = 113;
+/// `EBADMSG`: what a brick answers when a copy of `[W2]` does not verify at its source.
+const SOURCE_CORRUPT: u32 = 74;
 
 /// The header of a request. `sums`: of a write's whole blocks.
 pub(super) fn request(id: u64, ino: Ino, request: &Request, sums: Bytes) -> data::Request {
@@ -44,6 +46,7 @@ pub(super) fn request(id: u64, ino: Ino, request: &Request, sums: Bytes) -> data
             })
         }
         Body::Note { range, sized } => What::Note(data::Note { start: range.start, end: range.end, sized }),
+        Body::Report { range } => What::Report(data::Report { start: range.start, end: range.end }),
         Body::RepairList(x) => What::RepairList(data::RepairList { slot: u32::from(x.0) }),
         Body::ClearMissed { x, region } => What::ClearMissed(data::ClearMissed { slot: u32::from(x.0), region }),
     };
@@ -78,6 +81,9 @@ pub(super) fn answer(outcome: Option<Outcome>, body: &Body, payload: &[u8]) -> (
         (Some(Outcome::Failed(f)), Body::Pull { .. }) if f.errno == SOURCE_UNREACHABLE && !f.brick => {
             Answer::SourceFailed
         }
+        (Some(Outcome::Failed(f)), Body::Pull { doubt: Some(_), .. }) if f.errno == SOURCE_CORRUPT && !f.brick => {
+            Answer::SourceCorrupt
+        }
         (Some(Outcome::Failed(f)), _) => Answer::Failed { errno: i32::try_from(f.errno).unwrap_or(5), brick: f.brick },
         (Some(Outcome::Fence(reply)), Body::Fence) => {
             let in_doubt = reply
@@ -111,14 +117,16 @@ fn read(range: &ByteRange, reply: &data::ReadReply, payload: &[u8]) -> (Answer, 
     let expected = reply.size.clamp(blocks.start, blocks.end) - blocks.start;
     let count = payload.len().div_ceil(BLOCK_BYTES as usize);
     if payload.len() as u64 != expected || reply.sums.len() < count * 8 {
-        return (Answer::Corrupt, Vec::new());
+        // Not what was asked for: no sign of corrupt data.
+        return (Answer::Failed { errno: 5, brick: false }, Vec::new());
     }
-    let sums = reply.sums.chunks_exact(8);
-    for (block, sum) in payload.chunks(BLOCK_BYTES as usize).zip(sums) {
-        let sum = sum.try_into().map_or(0, u64::from_le_bytes);
-        if !checksum::matches(block, sum) {
-            return (Answer::Corrupt, Vec::new());
-        }
+    let first = blocks.start / BLOCK_BYTES;
+    let pairs = (first..).zip(payload.chunks(BLOCK_BYTES as usize).zip(reply.sums.chunks_exact(8)));
+    let is_corrupt = |block: &[u8], sum: &[u8]| !checksum::matches(block, sum.try_into().map_or(0, u64::from_le_bytes));
+    let corrupt: IntervalSet =
+        pairs.filter(|(_, (block, sum))| is_corrupt(block, sum)).map(|(number, _)| number..number + 1).collect();
+    if !corrupt.is_empty() {
+        return (Answer::Corrupt(corrupt), Vec::new());
     }
     let skip = ((range.start - blocks.start) as usize).min(payload.len());
     let end = ((range.end - blocks.start) as usize).min(payload.len());

@@ -81,6 +81,9 @@ pub enum IoError {
     /// The session ended while it was under way, and somebody else has written since.
     #[error("the session ended while the operation was under way")]
     SessionLost,
+    /// A block does not match its checksum on any brick `[R5]`.
+    #[error("a block does not match its checksum on any brick")]
+    Corrupt,
     /// All bricks refused it.
     #[error("the bricks refuse it: errno {0}")]
     Errno(i32),
@@ -140,8 +143,9 @@ impl LinkEvents for Port {
             volume.repair.lock().pause(u64::from(done.pause_ms));
         }
         let (answer, bytes) = messages::answer(response.outcome, &body, payload);
-        if answer == Answer::Corrupt {
-            tracing::error!(ino = %file.id.ino, slot = self.slot.0, "a block does not match its checksum; reading another replica");
+        if let Answer::Corrupt(blocks) = &answer {
+            let blocks: Vec<u64> = blocks.iter().flatten().collect();
+            tracing::error!(ino = %file.id.ino, set = %self.set, slot = self.slot.0, ?blocks, "blocks do not match their checksums; reading another replica");
         }
         if let Some(volume) = self.volume.upgrade() {
             let todo = file.tell(Event::Answered(request, answer), bytes, volume.now_ms());

@@ -5,7 +5,7 @@
 //! busy ranges, so nothing that overlaps is ever in flight together (I4). It holds no payload: an operation is known by the
 //! [`OpId`] under which the shell keeps its bytes and its caller.
 //!
-//! Keeps `[W1]`..`[W4]`, `[W6]`, `[W8]`, `[R3]`, `[R4]`, `[E3]`, `[E7]`, `[S2]`; invariants I1 and I4 rest on it.
+//! Keeps `[W1]`..`[W4]`, `[W6]`, `[W8]`, `[R3]`, `[R4]`, `[R5]`, `[E3]`, `[E7]`, `[S2]`; invariants I1 and I4 rest on it.
 //!
 //! ```text
 //!            first mutation          granted             all fenced            all copied
@@ -20,15 +20,17 @@
 //! | `mod` | the state, events and effects, leases |
 //! | `requests` | what is outstanding at bricks; sending, failing, timing out |
 //! | `mutate` | mutations and flushes `[W3]`, `[W4]`, `[W8]` |
-//! | `read` | reads and questions `[R3]`, `[R4]` |
+//! | `read` | reads and questions `[R3]`, `[R4]`; what is corrupt `[R5]` |
 //! | `recover` | fences and recovery `[W2]` |
-//! | `repair` | resynchronisation `[S2]` |
+//! | `repair` | resynchronisation `[S2]`, and of what is corrupt `[R5]` |
 
 mod mutate;
 mod read;
 mod recover;
 mod repair;
 mod requests;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -138,6 +140,11 @@ pub enum Body {
         /// Which of the two.
         hole: bool,
     },
+    /// Blocks that came from this brick did not verify: it looks for itself, and remembers what has to be repaired `[R5]`.
+    Report {
+        /// Where, in whole blocks.
+        range: ByteRange,
+    },
     /// Take a range (or with `size` the size) from the brick in `from`. With `doubt`: a copy of `[W2]`.
     Pull {
         /// Which bytes.
@@ -211,6 +218,8 @@ pub enum Answer {
     },
     /// A pull could not reach its source.
     SourceFailed,
+    /// What a copy of `[W2]` was to take does not verify at its source `[R5]`.
+    SourceCorrupt,
     /// To `Fence`.
     Fenced {
         /// What is in doubt there.
@@ -220,8 +229,8 @@ pub enum Answer {
     },
     /// To `Read`: the shell has the bytes, and has verified them.
     Bytes,
-    /// To `Read`: a block did not match its checksum `[R5]`.
-    Corrupt,
+    /// To `Read`: the blocks with these numbers did not match their checksums `[R5]`.
+    Corrupt(IntervalSet),
     /// To `Stat`.
     Stat(Stat),
     /// To `Seek`; `None`: nothing further.
@@ -254,6 +263,8 @@ pub enum Completion {
     Seek(Option<u64>),
     /// Every brick refused it with this `errno`.
     Failed(i32),
+    /// A block of it is corrupt on every `InSync` brick `[R5]`.
+    Corrupt,
     /// It waited for bricks longer than the volume's `no-quorum` allows `[E3]`.
     NoQuorum,
     /// The lease was lost, and another session has written since: the operation may or may not have happened.
@@ -378,6 +389,12 @@ pub struct Coordinator {
     repairs: [Option<repair::Repair>; 3],
     permit_asked: bool,
     permits: u32,
+    /// `InSync` bricks that are to be asked whether something on them is corrupt `[R5]`.
+    doubted: Slots,
+    /// When all of them are asked again.
+    audit_ms: u64,
+    /// Sources of `[W2]` that turned out to be corrupt, and where.
+    unsound: Vec<(Slot, ByteRange)>,
     /// Mutations that were in flight when the lease was lost.
     orphans: Vec<(OpId, Mutation, u64)>,
     /// Something was written, under this lease or an earlier one, and not flushed since.
@@ -423,6 +440,9 @@ impl Coordinator {
             repairs: [None, None, None],
             permit_asked: false,
             permits: 0,
+            doubted: Slots::NONE,
+            audit_ms: 0,
+            unsound: Vec::new(),
             orphans: Vec::new(),
             dirty: false,
             unflushed: None,
@@ -464,6 +484,7 @@ impl Coordinator {
     #[must_use]
     pub fn is_repaired(&self) -> bool {
         self.is_holding()
+            && self.doubted.and(self.links).is_empty()
             && self
                 .configuration
                 .syncing()
@@ -495,6 +516,9 @@ impl Coordinator {
             Event::LeaseLost => self.lease_lost(effects),
             Event::Adopt => {
                 self.wanted = true;
+                if self.is_holding() {
+                    self.doubted = self.configuration.in_sync();
+                }
             }
             Event::Forget => {
                 self.wanted = false;
@@ -568,6 +592,7 @@ impl Coordinator {
         self.next_seq = Seq(1);
         self.told_stable = Seq(0);
         self.resettle = false;
+        self.unsound.clear();
         for (op, mutation, since_ms) in std::mem::take(&mut self.orphans).into_iter().rev() {
             if foreign {
                 // Another session wrote in between: to write again now could put old data over newer.
@@ -591,6 +616,7 @@ impl Coordinator {
         self.release_wanted = false;
         self.releasing = mutate::Releasing::No;
         self.resettle = false;
+        self.doubted = Slots::NONE;
         self.repairs = [None, None, None];
         self.waiting.retain(|w| !matches!(w, Waiting::Repair { .. }));
         self.outstanding.retain(|_, o| matches!(o.job, requests::Job::Read(_)));
@@ -625,6 +651,8 @@ impl Coordinator {
         self.repairs = [None, None, None];
         self.waiting.retain(|w| !matches!(w, Waiting::Repair { .. }));
         self.outstanding.retain(|_, o| matches!(o.job, requests::Job::Read(_)));
+        self.doubted = self.doubted.and(configuration.in_sync());
+        self.unsound.clear();
         self.reassign_reads(now_ms, effects);
         match &self.phase {
             // [W2] starts again from the Fence.

@@ -1,15 +1,17 @@
-//! Reads and questions, from whichever `InSync` brick answers `[R3]`, `[R4]`.
+//! Reads and questions, from whichever `InSync` brick answers `[R3]`, `[R4]`. What does not verify is told to the brick it came
+//! from `[R5]`.
 
 use super::requests::Job;
 use super::{Answer, Body, Completion, Coordinator, Effect, OpId};
 use crate::config::{Slot, Slots};
-use crate::types::Seq;
+use crate::interval::IntervalSet;
+use crate::types::{BLOCK_BYTES, ByteRange, REPLICAS, Seq};
 
 /// How long a read that no brick could answer waits before it goes round again `[E3]`.
 const AROUND_AGAIN_MS: u64 = 50;
 
 /// A read under way.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Reading {
     body: Body,
     pub(super) since_ms: u64,
@@ -20,12 +22,31 @@ pub(super) struct Reading {
     asked_ms: u64,
     /// When to go round again, if no brick is left.
     again_ms: Option<u64>,
+    /// Of each brick that was asked in this round: blocks that did not verify `[R5]`.
+    corrupt: [IntervalSet; REPLICAS],
+}
+
+impl Reading {
+    /// Some block of it is corrupt on each of these bricks.
+    fn is_lost(&self, bricks: Slots) -> bool {
+        let mut of = bricks.iter().map(|s| &self.corrupt[s.index()]);
+        let Some(first) = of.next() else { return false };
+        let others: Vec<&IntervalSet> = of.collect();
+        first.iter().flatten().any(|block| others.iter().all(|o| o.contains(block)))
+    }
 }
 
 impl Coordinator {
     pub(super) fn start_read(&mut self, op: OpId, body: Body, now_ms: u64, effects: &mut Vec<Effect>) {
-        let reading =
-            Reading { body, since_ms: now_ms, tried: Slots::NONE, asked: 0, asked_ms: now_ms, again_ms: None };
+        let reading = Reading {
+            body,
+            since_ms: now_ms,
+            tried: Slots::NONE,
+            asked: 0,
+            asked_ms: now_ms,
+            again_ms: None,
+            corrupt: Default::default(),
+        };
         self.reads.insert(op, reading);
         self.ask_next(op, now_ms, effects);
     }
@@ -46,7 +67,17 @@ impl Coordinator {
                 let body = reading.body;
                 self.send(slot, Job::Read(op), body, Seq(0), now_ms, effects);
             }
+            // A brick that is being repaired may come to have it; a configuration that has none of those will not.
+            None if reading.asked == 0
+                && self.configuration.syncing().is_empty()
+                && reading.is_lost(self.configuration.in_sync()) =>
+            {
+                self.reads.remove(&op);
+                effects.push(Effect::Complete(op, Completion::Corrupt));
+                effects.push(Effect::Discard(op));
+            }
             None if reading.asked == 0 => {
+                reading.corrupt = Default::default();
                 reading.tried = Slots::NONE;
                 reading.again_ms = Some(now_ms + AROUND_AGAIN_MS);
             }
@@ -75,6 +106,14 @@ impl Coordinator {
                 self.ask_next(op, now_ms, effects);
                 return;
             }
+            Answer::Corrupt(blocks) => {
+                self.report(slot, &blocks, now_ms, effects);
+                if let Some(reading) = self.reads.get_mut(&op) {
+                    reading.corrupt[slot.index()] = blocks;
+                }
+                self.ask_next(op, now_ms, effects);
+                return;
+            }
             _ => {
                 self.ask_next(op, now_ms, effects);
                 return;
@@ -84,6 +123,16 @@ impl Coordinator {
         self.outstanding.retain(|_, o| o.job != Job::Read(op));
         effects.push(Effect::Complete(op, completion));
         effects.push(Effect::Discard(op));
+    }
+
+    /// [R5] Tells the brick whose blocks did not verify. It looks for itself and remembers, whoever repairs it then.
+    fn report(&mut self, slot: Slot, blocks: &IntervalSet, now_ms: u64, effects: &mut Vec<Effect>) {
+        let (Some(first), Some(last)) = (blocks.iter().next(), blocks.iter().last()) else { return };
+        let range = ByteRange { start: first.start * BLOCK_BYTES, end: last.end * BLOCK_BYTES };
+        let body = Body::Report { range };
+        if !self.outstanding.values().any(|o| o.slot == slot && o.body == body) {
+            self.send(slot, Job::Report, body, Seq(0), now_ms, effects);
+        }
     }
 
     /// [R4] A slow read goes to a further brick as well; one that nobody could answer goes round again.

@@ -1,10 +1,10 @@
 //! Fences, and settling what an earlier holder left in doubt `[W2]`. Roll forward, never back: someone may have read it.
 
-use super::requests::Job;
+use super::requests::{AUDIT_MS, Job};
 use super::{Body, Coordinator, Effect, Phase};
 use crate::config::{Configuration, Slot, Slots};
 use crate::replica::Doubt;
-use crate::types::{ByteRange, Epoch, MAX_IO_BYTES, Seq};
+use crate::types::{BLOCK_BYTES, ByteRange, Epoch, MAX_IO_BYTES, Seq};
 
 /// Ranges that are recovered at the same time.
 const PARALLEL: usize = 8;
@@ -26,6 +26,8 @@ pub(super) struct Recovery {
     next: usize,
     /// Of each item that has been started: bricks that have not answered.
     left: Vec<Slots>,
+    /// A source turned out to be corrupt `[R5]`: when all that was sent is answered, it begins again without that source.
+    spoiled: bool,
 }
 
 impl Coordinator {
@@ -53,6 +55,19 @@ impl Coordinator {
         }
     }
 
+    /// [R5] What was to be copied does not verify at its source. What is corrupt on every `InSync` brick has no content any more
+    /// that could be copied; everything else begins again, block by block, with another source.
+    pub(super) fn recovery_spoiled(&mut self, item: usize, slot: Slot) {
+        let Phase::Recovering(recovery) = &mut self.phase else { return };
+        let (Some(left), Some(item)) = (recovery.left.get_mut(item), recovery.items.get(item)) else { return };
+        left.remove(slot);
+        let unsound = (item.source, item.range);
+        if !self.unsound.contains(&unsound) {
+            self.unsound.push(unsound);
+            recovery.spoiled = true;
+        }
+    }
+
     pub(super) fn advance_recovery(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
         if matches!(self.phase, Phase::Holding) && self.only_failed_left() {
             self.repairs = [None, None, None];
@@ -68,12 +83,19 @@ impl Coordinator {
             if !fenced.covers(self.configuration.writable()) {
                 return;
             }
-            let items = if *recover { items(&self.configuration, lists, sizes) } else { Vec::new() };
-            self.phase = Phase::Recovering(Recovery { items, next: 0, left: Vec::new() });
+            let items = if *recover { items(&self.configuration, lists, sizes, &self.unsound) } else { Vec::new() };
+            self.phase = Phase::Recovering(Recovery { items, next: 0, left: Vec::new(), spoiled: false });
         }
         loop {
             let Phase::Recovering(recovery) = &mut self.phase else { return };
             let active = recovery.left.iter().filter(|left| !left.is_empty()).count();
+            if recovery.spoiled {
+                // Nothing of the first attempt may still be under way when the next one begins.
+                if active == 0 {
+                    self.begin_fence(true, now_ms, effects);
+                }
+                return;
+            }
             // The size comes first and alone: ranges are copied into files of equal size.
             let barrier = recovery.next > 0 && recovery.items[recovery.next - 1].size && active > 0;
             if active >= PARALLEL || barrier {
@@ -82,6 +104,11 @@ impl Coordinator {
             let Some(item) = recovery.items.get(recovery.next).copied() else {
                 if active == 0 {
                     self.phase = Phase::Holding;
+                    self.unsound.clear();
+                    self.audit_ms = now_ms + AUDIT_MS;
+                    if self.wanted {
+                        self.doubted = self.configuration.in_sync();
+                    }
                     self.drop_failed(effects);
                     self.send_flushes(now_ms, effects);
                 }
@@ -106,15 +133,31 @@ impl Coordinator {
 }
 
 /// What [W2] copies: for each range in any list the content of the `InSync` brick that applied the highest `(e, seq)` there, or
-/// of any `InSync` brick if only `Syncing` ones list it. The size is treated alike, as one more range.
-fn items(configuration: &Configuration, lists: &[Vec<Doubt>; 3], sizes: &[u64; 3]) -> Vec<Item> {
+/// of any `InSync` brick if only `Syncing` ones list it. The size is treated alike, as one more range. A source that is corrupt
+/// there gives way to another `InSync` brick, if there is a sound one `[R5]`.
+fn items(
+    configuration: &Configuration,
+    lists: &[Vec<Doubt>; 3],
+    sizes: &[u64; 3],
+    unsound: &[(Slot, ByteRange)],
+) -> Vec<Item> {
     let in_sync = configuration.in_sync();
-    let Some(any) = in_sync.iter().next() else { return Vec::new() };
+    if in_sync.is_empty() {
+        return Vec::new();
+    }
+    // The InSync bricks that may be the source of a range; the size is an empty one. More than a block is tried block by block
+    // before another source is taken for it.
+    let sound = |range: ByteRange| -> Slots {
+        let is_unsound = |s: &Slot| unsound.iter().any(|(u, at)| u == s && at.len() <= BLOCK_BYTES && *at == range);
+        let sound: Slots = in_sync.iter().filter(|s| !is_unsound(s)).collect();
+        if sound.is_empty() { in_sync } else { sound }
+    };
     let end = configuration.writable().iter().map(|s| sizes[s.index()]).max().unwrap_or(0);
     let listed: Vec<(Slot, Doubt)> =
         configuration.writable().iter().flat_map(|slot| lists[slot.index()].iter().map(move |d| (slot, *d))).collect();
     // The highest numbers among those that `wanted` picks, and who takes part as source.
-    let choose = |wanted: &dyn Fn(&Doubt) -> bool| -> Option<(Slot, (Epoch, Seq))> {
+    let choose = |from: Slots, wanted: &dyn Fn(&Doubt) -> bool| -> Option<(Slot, (Epoch, Seq))> {
+        let any = from.iter().next()?;
         let highest = |of: &dyn Fn(Slot) -> bool| {
             listed
                 .iter()
@@ -122,13 +165,13 @@ fn items(configuration: &Configuration, lists: &[Vec<Doubt>; 3], sizes: &[u64; 3
                 .map(|(s, d)| ((d.epoch, d.seq), *s))
                 .max_by_key(|(key, s)| (*key, core::cmp::Reverse(s.0)))
         };
-        match highest(&|s| in_sync.has(s)) {
+        match highest(&|s| from.has(s)) {
             Some((key, slot)) => Some((slot, key)),
             None => highest(&|_| true).map(|(key, _)| (any, key)),
         }
     };
     let mut items = Vec::new();
-    if let Some((source, from)) = choose(&|d| d.sized) {
+    if let Some((source, from)) = choose(sound(ByteRange::default()), &|d| d.sized) {
         items.push(Item { range: ByteRange::default(), size: true, source, from });
     }
     let mut cuts: Vec<u64> = Vec::new();
@@ -137,11 +180,15 @@ fn items(configuration: &Configuration, lists: &[Vec<Doubt>; 3], sizes: &[u64; 3
         cuts.push(range.start.min(end));
         cuts.push(range.end.min(ByteRange::at(0, end).to_blocks().end));
     }
+    let last = ByteRange::at(0, end).to_blocks().end;
+    for (_, range) in unsound {
+        cuts.extend(range.units(BLOCK_BYTES).flat_map(|b| [b, b + 1]).map(|b| (b * BLOCK_BYTES).min(last)));
+    }
     cuts.sort_unstable();
     cuts.dedup();
     for pair in cuts.windows(2) {
         let piece = ByteRange { start: pair[0], end: pair[1] };
-        let Some((source, from)) = choose(&|d| d.range.to_blocks().overlaps(&piece)) else { continue };
+        let Some((source, from)) = choose(sound(piece), &|d| d.range.to_blocks().overlaps(&piece)) else { continue };
         let mut start = piece.start;
         while start < piece.end {
             // Pieces end at multiples of what one pull carries.

@@ -1,4 +1,6 @@
-//! Giving a `Syncing` brick back what it misses in this file, region by region, through the table of busy ranges `[S2]`.
+//! Giving a brick back what it lacks in this file, region by region, through the table of busy ranges: a `Syncing` brick what it
+//! misses `[S2]`, an `InSync` one what turned out to be corrupt on it `[R5]`. The latter knows by itself what that is, and strikes
+//! it off by itself.
 
 use std::collections::BTreeMap;
 
@@ -53,8 +55,14 @@ impl Repair {
 }
 
 impl Coordinator {
+    /// `InSync` bricks that may have something corrupt, and that another one could give it back to.
+    fn mendable(&self) -> Slots {
+        let in_sync = self.configuration.in_sync();
+        if in_sync.count() < 2 { Slots::NONE } else { self.doubted.and(in_sync).and(self.links) }
+    }
+
     pub(super) fn advance_repair(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
-        for x in self.configuration.syncing().iter() {
+        for x in self.configuration.syncing().or(self.mendable()).iter() {
             if self.repairs[x.index()].is_none() {
                 self.ask_for_lists(x, now_ms, effects);
             }
@@ -92,7 +100,8 @@ impl Coordinator {
     }
 
     fn ask_for_lists(&mut self, x: Slot, now_ms: u64, effects: &mut Vec<Effect>) {
-        let asked = self.configuration.in_sync().with(x);
+        let in_sync = self.configuration.in_sync();
+        let asked = if in_sync.has(x) { Slots::NONE.with(x) } else { in_sync.with(x) };
         self.repairs[x.index()] =
             Some(Repair { lists_left: asked, regions: IntervalSet::new(), active: BTreeMap::new(), done: false });
         for slot in asked.iter() {
@@ -105,12 +114,16 @@ impl Coordinator {
             repair.lists_left.remove(slot);
             repair.regions.union(regions);
             repair.done = repair.lists_left.is_empty() && repair.regions.is_empty();
+            if repair.done && self.configuration.in_sync().has(x) {
+                self.repairs[x.index()] = None;
+                self.doubted.remove(x);
+            }
         }
     }
 
     pub(super) fn start_pull(&mut self, x: Slot, region: u64, now_ms: u64, effects: &mut Vec<Effect>) {
         // A source that there is a connection to; the brick itself needs one of its own, and says so if it has none.
-        let in_sync = self.configuration.in_sync();
+        let in_sync = self.configuration.in_sync().without(x);
         let Some(from) = in_sync.and(self.links).iter().next().or_else(|| in_sync.iter().next()) else { return };
         let seq = self.take_seq();
         let Some(active) = self.repairs[x.index()].as_mut().and_then(|r| r.active.get_mut(&region)) else { return };
@@ -122,7 +135,12 @@ impl Coordinator {
 
     pub(super) fn pulled(&mut self, x: Slot, region: u64, now_ms: u64, effects: &mut Vec<Effect>) {
         let in_sync = self.configuration.in_sync();
-        let Some(active) = self.repairs[x.index()].as_mut().and_then(|r| r.active.get_mut(&region)) else { return };
+        let Some(repair) = self.repairs[x.index()].as_mut() else { return };
+        if in_sync.has(x) {
+            repair.active.remove(&region);
+            return;
+        }
+        let Some(active) = repair.active.get_mut(&region) else { return };
         active.pulled = true;
         active.left = in_sync;
         for slot in in_sync.iter() {

@@ -14,6 +14,10 @@ const LINK_GRACE_MS: u64 = 500;
 /// How long after the last activity bricks are told the stable seq, so that they can forget what is in doubt `[W6]`.
 const SETTLE_AFTER_MS: u64 = 500;
 
+/// How often the holder asks the `InSync` bricks whether something on them has turned out to be corrupt `[R5]`: a scrub or
+/// another mount may have found it.
+pub(super) const AUDIT_MS: u64 = 10_000;
+
 /// What a request is part of.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Job {
@@ -26,6 +30,7 @@ pub(super) enum Job {
     Pull(Slot, u64),
     Clear(Slot, u64),
     Settle(Seq),
+    Report,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -118,8 +123,15 @@ impl Coordinator {
             }
             Answer::SourceFailed => {
                 outstanding.again_ms = Some(now_ms + RETRY_MS * 4);
-                if let Body::Pull { from, .. } = outstanding.body {
-                    self.suspect(from, now_ms, effects);
+                if let Body::Pull { from, .. } = &mut outstanding.body {
+                    let failed = *from;
+                    if matches!(job, Job::Pull(x, _) if self.configuration.in_sync().has(x)) {
+                        // [R5] Two bricks that are both in sync: no reason to put one of them out.
+                        let others = self.configuration.in_sync().without(slot).without(failed);
+                        *from = others.iter().next().unwrap_or(failed);
+                    } else {
+                        self.suspect(failed, now_ms, effects);
+                    }
                 }
                 return;
             }
@@ -134,6 +146,9 @@ impl Coordinator {
             (Job::Mutation(seq), _) => self.mutation_acknowledged(seq, slot, now_ms, effects),
             (Job::Fence, Answer::Fenced { in_doubt, size }) => self.fenced(slot, in_doubt, size),
             (Job::Recovery(item), Answer::Done) => self.recovered(item, slot),
+            (Job::Recovery(item), Answer::SourceCorrupt) => self.recovery_spoiled(item, slot),
+            // [R5] It is known there now.
+            (Job::Report, _) => self.doubted.insert(slot),
             (Job::RepairList(x), Answer::Regions(regions)) => self.repair_listed(x, slot, &regions),
             (Job::Pull(x, region), Answer::Done) => self.pulled(x, region, now_ms, effects),
             (Job::Clear(x, region), Answer::Done) => self.cleared(x, region, slot),
@@ -200,16 +215,22 @@ impl Coordinator {
         let mut late = crate::config::Slots::NONE;
         for o in self.outstanding.values() {
             let silent = o.since_ms + self.timeouts.io_timeout_ms <= now_ms;
-            if silent && !matches!(o.job, Job::RepairList(_)) {
+            if silent && !matches!(o.job, Job::RepairList(_) | Job::Report) {
                 late.insert(o.slot);
             }
             let unlinked = self.unlinked_ms[o.slot.index()].is_some_and(|at| at + LINK_GRACE_MS <= now_ms);
-            if unlinked && !matches!(o.job, Job::Read(_)) {
+            // Nobody waits for what an InSync brick has to say of itself.
+            let is_audit = matches!(o.job, Job::RepairList(x) if x == o.slot && self.configuration.in_sync().has(x));
+            if unlinked && !is_audit && !matches!(o.job, Job::Read(_) | Job::Report) {
                 late.insert(o.slot);
             }
         }
         for slot in late.iter() {
             self.suspect(slot, now_ms, effects);
+        }
+        if matches!(self.phase, Phase::Holding) && self.audit_ms <= now_ms {
+            self.audit_ms = now_ms + AUDIT_MS;
+            self.doubted = self.configuration.in_sync();
         }
         self.retry_failed(now_ms, effects);
         self.hedge_reads(now_ms, effects);

@@ -16,6 +16,7 @@
 //! ```
 
 mod admit;
+mod damage;
 mod reports;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -91,6 +92,9 @@ struct File {
     missed: [IntervalSet; REPLICAS],
     /// What this brick, `Syncing`, must get back besides what the others list `[S1]`.
     plan: IntervalSet,
+    /// Regions that are corrupt here `[R5]`, and those among them that no other brick could give back.
+    damaged: IntervalSet,
+    given_up: IntervalSet,
 }
 
 impl DoubtEntry {
@@ -109,6 +113,7 @@ impl File {
             && self.intents.is_empty()
             && self.missed.iter().all(IntervalSet::is_empty)
             && self.plan.is_empty()
+            && self.damaged.is_empty()
             && self.holder == SessionId(0)
             && self.epoch == Epoch(0)
     }
@@ -152,7 +157,7 @@ pub struct Replica {
 pub struct Recorded {
     /// Intents, by file and extent.
     pub intents: Vec<(Ino, u64)>,
-    /// Missed regions, by slot and file.
+    /// Missed regions, by slot and file; under the brick's own slot, what is corrupt on it `[R5]`.
     pub missed: Vec<(Slot, Ino, Range<u64>)>,
 }
 
@@ -168,7 +173,9 @@ impl Replica {
             file.inherited.insert(extent);
         }
         for (x, ino, regions) in recorded.missed {
-            files.entry(ino).or_default().missed[x.index()].insert(regions);
+            let file = files.entry(ino).or_default();
+            let list = if x == slot { &mut file.damaged } else { &mut file.missed[x.index()] };
+            list.insert(regions);
         }
         Self {
             brick,
@@ -255,6 +262,7 @@ impl Replica {
             (_, BrickState::InSync) => {}
             _ => self.agreement = Agreement::SeenOut,
         }
+        self.try_damaged_again();
         let live = now.incarnation == self.incarnation;
         if live
             && now.state == BrickState::Syncing
@@ -462,24 +470,18 @@ impl Replica {
     }
 
     /// The regions of one file that the brick in `x` must get back as far as this brick knows: what `x` missed, or, when it
-    /// is `x` itself, what it planned. `None`: it has not planned yet.
+    /// is `x` itself, what it planned and what is corrupt on it. `None`: it is `Syncing` and has not planned yet.
     #[must_use]
     pub fn repair_list(&self, x: Slot, ino: Ino) -> Option<IntervalSet> {
         if x == self.slot {
-            self.planned_since?;
-            return Some(self.files.get(&ino).map(|f| f.plan.clone()).unwrap_or_default());
+            let mut regions = self.mendable(ino);
+            if self.state() != BrickState::InSync {
+                self.planned_since?;
+                regions.union(&self.files.get(&ino).map(|f| f.plan.clone()).unwrap_or_default());
+            }
+            return Some(regions);
         }
         Some(self.files.get(&ino).map(|f| f.missed[x.index()].clone()).unwrap_or_default())
-    }
-
-    /// The files that [`Replica::repair_list`] has something of. `None`: it has not planned yet.
-    #[must_use]
-    pub fn files_to_repair(&self, x: Slot) -> Option<Vec<Ino>> {
-        if x == self.slot {
-            self.planned_since?;
-            return Some(self.files.iter().filter(|(_, f)| !f.plan.is_empty()).map(|(ino, _)| *ino).collect());
-        }
-        Some(self.files.iter().filter(|(_, f)| !f.missed[x.index()].is_empty()).map(|(ino, _)| *ino).collect())
     }
 
     /// These missed regions are durable now.

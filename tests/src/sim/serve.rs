@@ -81,6 +81,10 @@ impl World {
             Body::Pull { range, size, doubt, .. } => {
                 Purpose::Pull { range, doubt: doubt.map(|(epoch, seq)| (epoch, seq, size)) }
             }
+            Body::Report { .. } => {
+                self.answer(s, wire, Answer::Done, None);
+                return true;
+            }
             Body::Note { range, sized } => Purpose::Note { range, sized },
             Body::RepairList(_) | Body::ClearMissed { .. } => Purpose::Repair,
         };

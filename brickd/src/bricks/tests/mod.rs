@@ -1,5 +1,6 @@
 //! What bricks promise, over real disks and sockets.
 
 mod data_plane;
+mod integrity;
 mod repair;
 mod world;

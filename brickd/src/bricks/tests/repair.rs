@@ -6,31 +6,10 @@ use mortar_proto::metadata::Command;
 use mortar_proto::wire::data::{self, request::What, response::Outcome};
 use std::sync::atomic::Ordering;
 
-use super::world::{Holder, World};
+use super::world::{Holder, ONE_SYNCING, World, put_out, same_everywhere, take_back};
 
 const IN_SYNC: [BrickState; 3] = [BrickState::InSync; 3];
-const ONE_OUT: [BrickState; 3] = [BrickState::InSync, BrickState::InSync, BrickState::Out];
-const ONE_SYNCING: [BrickState; 3] = [BrickState::InSync, BrickState::InSync, BrickState::Syncing];
 const C: Slot = Slot(2);
-
-fn put_out(world: &World, slot: Slot) {
-    world.leads.store(false, Ordering::Release);
-    let (set, n) = (world.set(), world.configuration().n);
-    world.propose(Command::PutOut { set, n, slot });
-    world.wait_for_states(ONE_OUT);
-}
-fn take_back(world: &World, slot: Slot) {
-    let (set, n) = (world.set(), world.configuration().n);
-    world.propose(Command::Rejoin { set, n, slot });
-    world.wait_for_states(ONE_SYNCING);
-    world.leads.store(true, Ordering::Release);
-}
-
-fn same_everywhere(world: &World, ino: mortar_proto::Ino) -> Vec<u8> {
-    let [a, b, c] = Slot::ALL.map(|s| std::fs::read(world.data(s, ino)).unwrap());
-    assert!(a == b && b == c, "contents differ");
-    a
-}
 
 #[test]
 fn a_brick_that_was_out_gets_back_exactly_what_it_missed() {

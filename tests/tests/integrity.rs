@@ -1,0 +1,59 @@
+//! Bytes that a disk has changed by itself: nobody is given them, and they are repaired.
+
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use mortar_tests::harness::{VOLUME, World, eventually, sh, with_mount};
+
+const BLOCK: u64 = 4096;
+
+/// Changes a byte of the image on a brick, 1 to 3, as a disk might.
+fn flip(world: &World, brick: usize, block: u64) -> Result<()> {
+    let path = world.brick(brick).join("disk");
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path)?;
+    let (mut byte, at) = ([0], block * BLOCK + 77);
+    file.read_exact_at(&mut byte, at)?;
+    file.write_all_at(&[!byte[0]], at)?;
+    file.sync_all()?;
+    Ok(())
+}
+
+/// An image of 8 MiB on the mount, on the bricks' disks.
+fn image(mount: &Path) -> Result<String> {
+    let disk = mount.join("disk");
+    sh(&format!("head -c 8M /dev/urandom > {0} && sync {0}", disk.display()))?;
+    sum(mount)
+}
+
+fn sum(mount: &Path) -> Result<String> {
+    sh(&format!("sha256sum < {}", mount.join("disk").display()))
+}
+
+/// Corrupt blocks that were found and repaired, by brick.
+fn corruption(world: &World) -> Result<Vec<(u64, u64)>> {
+    let info = world.mortar(&format!("volume heal {VOLUME} info"))?;
+    let bricks = info["bricks"].as_array().context("heal info has no bricks")?;
+    let of = |b: &serde_json::Value| Some((b["corrupt_found"].as_u64()?, b["corrupt_repaired"].as_u64()?));
+    bricks.iter().map(|b| of(b).context("heal info does not tell of corrupt blocks")).collect()
+}
+
+#[test]
+fn a_block_that_is_read_and_does_not_verify_is_answered_rightly_and_repaired() -> Result<()> {
+    with_mount("corrupt", |world, mount| {
+        let right = image(mount)?;
+        // Whichever brick the mount reads from.
+        for brick in 1..=3 {
+            flip(world, brick, 10 * brick as u64)?;
+        }
+        ensure!(sum(mount)? == right, "the mount answered with what is corrupt");
+        eventually("what was read is repaired", Duration::from_secs(30), || {
+            let of = corruption(world)?;
+            Ok(of.iter().map(|b| b.0).sum::<u64>() > 0 && of.iter().all(|b| b.0 == b.1))
+        })?;
+        println!("found and repaired, by brick: {:?}", corruption(world)?);
+        ensure!(sum(mount)? == right, "the mount answered with something else after the repair");
+        Ok(())
+    })
+}
