@@ -314,7 +314,8 @@ fn the_session_that_has_every_volume_is_for_the_servers_own_machine_only() {
         let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", node.address)).unwrap();
         client().block_on(async move {
             let channel = endpoint.local_address(Some(from)).connect().await.unwrap();
-            let request = OpenRequest { nonce: vec![7; 16].into(), volume: String::new(), client: "test".into() };
+            let request =
+                OpenRequest { nonce: vec![7; 16].into(), volume: String::new(), client: "test".into(), previous: 0 };
             SessionClient::new(channel).open(request).await.map(|_| ())
         })
     };

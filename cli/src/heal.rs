@@ -1,24 +1,123 @@
-//! `mortar volume heal NAME info`: what each brick lacks, and how its repair goes on.
+//! `mortar volume heal NAME …`: repair that starts now, what each brick lacks, and how its repair goes on.
 
-use mortar_proto::wire::cluster::{BrickHealRow, Corruption, FileHealRow, HealInfoReply, VolumeRequest};
+use std::time::Duration;
+
+use mortar_proto::wire::cluster::{BrickHealRow, Corruption, FileHealRow, HealInfoReply, HealStartRow, VolumeRequest};
 use serde_json::{Value, json};
 
 use crate::cluster::Cluster;
 use crate::failure::Outcome;
-use crate::output::{Output, bytes, count, number, seconds, state, table, text_of};
+use crate::output::{Output, bytes, count, number, over, seconds, state, table, text_of};
 
 /// What the servers say when the time left is not known.
 const UNKNOWN: u32 = u32::MAX;
+
+/// How often a watcher looks.
+const LOOK: Duration = Duration::from_secs(1);
+/// Looks in a row that may fail: a new leader takes seconds, and each look itself waits for one.
+const FAILED_LOOKS: u32 = 6;
+
+/// Starts repair now.
+///
+/// # Errors
+/// What was refused or failed.
+pub async fn start(cluster: &Cluster, output: Output, request: VolumeRequest) -> Outcome {
+    let reply = cluster.change(async |mut client| client.heal_start(request.clone()).await).await?;
+    let row = |row: &HealStartRow| {
+        let awaits = (!row.awaits.is_empty()).then_some(&row.awaits);
+        json!({ "server": row.server, "path": row.path, "state": row.state, "awaits": awaits })
+    };
+    let sentence = |row: &HealStartRow| {
+        let goes_on = match (row.awaits.as_str(), row.state.as_str()) {
+            ("", "syncing") => "is being repaired".to_owned(),
+            ("", _) => "comes back now".to_owned(),
+            (awaits, _) => format!("waits: {awaits}"),
+        };
+        format!("{}:{} ({}) {goes_on}.", row.server, row.path, row.state)
+    };
+    output.show(&json!({ "bricks": reply.bricks.iter().map(row).collect::<Vec<_>>() }), || {
+        match reply.bricks.as_slice() {
+            [] => "Nothing to heal: every brick is in sync.".to_owned(),
+            rows => rows.iter().map(sentence).collect::<Vec<_>>().join("\n"),
+        }
+    });
+    Ok(())
+}
+
+async fn look(cluster: &Cluster, name: &str) -> Outcome<HealInfoReply> {
+    let request = VolumeRequest { name: name.to_owned(), force: false };
+    cluster.ask(async |mut client| client.heal_info(request.clone()).await).await
+}
 
 /// Shows it.
 ///
 /// # Errors
 /// What was refused or failed.
 pub async fn info(cluster: &Cluster, output: Output, name: &str) -> Outcome {
-    let request = VolumeRequest { name: name.to_owned(), force: false };
-    let reply = cluster.ask(async |mut client| client.heal_info(request.clone()).await).await?;
+    let reply = look(cluster, name).await?;
     output.show(&to_json(name, &reply), || to_text(name, &reply));
     Ok(())
+}
+
+/// Shows it again and again, until nothing is left.
+///
+/// # Errors
+/// What was refused at first, or failed again and again.
+pub async fn watch(cluster: &Cluster, output: Output, name: &str) -> Outcome {
+    let mut drawn = String::new();
+    let mut failed = 0;
+    let mut reply = look(cluster, name).await?;
+    loop {
+        let is_done = reply.bricks.iter().all(is_whole);
+        output.next(&to_json(name, &reply), || {
+            if !output.can_draw() {
+                return to_lines(&reply);
+            }
+            let before = if drawn.is_empty() { String::new() } else { over(&drawn) };
+            drawn = to_text(name, &reply);
+            format!("{before}{drawn}")
+        });
+        if is_done {
+            return Ok(());
+        }
+        reply = loop {
+            tokio::time::sleep(LOOK).await;
+            match look(cluster, name).await {
+                Ok(reply) => break reply,
+                Err(failure) if failed == FAILED_LOOKS => return Err(failure),
+                Err(failure) => {
+                    failed += 1;
+                    drawn.clear();
+                    output.progress(&format!("No answer just now: {failure}"));
+                }
+            }
+        };
+        failed = 0;
+    }
+}
+
+/// A line for each brick that lacks something.
+fn to_lines(reply: &HealInfoReply) -> String {
+    let line = |brick: &BrickHealRow| {
+        let mut line = format!(
+            "{}:{} {}, {} ({}) left in {}",
+            brick.server,
+            brick.path,
+            brick.state,
+            count(brick.missed_regions, "region"),
+            bytes(brick.missed_bytes),
+            count(brick.files.len() as u64, "file"),
+        );
+        if brick.rate_bytes > 0 {
+            line.push_str(&format!(", {}/s", bytes(brick.rate_bytes)));
+        }
+        if brick.left_seconds != UNKNOWN && brick.missed_bytes > 0 {
+            line.push_str(&format!(", {} to go", seconds(u64::from(brick.left_seconds))));
+        }
+        line
+    };
+    let lines: Vec<String> = reply.bricks.iter().filter(|b| !is_whole(b)).map(line).collect();
+    if lines.is_empty() { "nothing to heal".to_owned() } else { lines.join("\n") }
 }
 
 fn is_whole(brick: &BrickHealRow) -> bool {

@@ -3,6 +3,7 @@
 
 mod address;
 mod bricks;
+mod client;
 mod cluster;
 mod confirm;
 mod contact;
@@ -24,7 +25,7 @@ use contact::Contact;
 use failure::{Failure, Outcome};
 use output::Output;
 
-/// Administer a Mortar cluster: servers, volumes, repair
+/// Administer a Mortar cluster: servers, volumes, clients, repair
 ///
 /// Mortar keeps the disk images of virtual machines on plain XFS directories of three servers, and gives every hypervisor one
 /// POSIX directory that contains them.
@@ -66,6 +67,9 @@ enum Command {
     /// Volumes: create, start, options, state, repair
     #[command(subcommand)]
     Volume(volume::VolumeCommand),
+    /// Who has volumes mounted: list, evict
+    #[command(subcommand)]
+    Client(client::ClientCommand),
     /// A cluster with a volume on this one machine, for a first look and for tests
     #[command(subcommand)]
     Playground(playground::PlaygroundCommand),
@@ -105,6 +109,7 @@ fn run(cli: Cli, output: Output) -> Outcome {
         }
         Command::Playground(command) => runtime.block_on(playground::run(command, output)),
         Command::Server(command) => runtime.block_on(server::run(command, &contact()?, output)),
+        Command::Client(command) => runtime.block_on(client::run(command, &contact()?, output)),
         Command::Volume(command) => runtime.block_on(volume::run(command, &contact()?, output)),
     }
 }

@@ -22,6 +22,17 @@ impl Output {
         print_to(&mut io::stdout().lock(), &out);
     }
 
+    /// Prints one of many results, one after the other: `json` on a line of its own for programs, else what `text` makes of it.
+    pub fn next(self, json: &Value, text: impl FnOnce() -> String) {
+        let out = if self.json { json.to_string() } else { text() };
+        print_to(&mut io::stdout().lock(), &out);
+    }
+
+    /// A person looks at standard output: what was printed can be drawn over.
+    pub fn can_draw(self) -> bool {
+        !self.json && io::stdout().is_terminal()
+    }
+
     /// Prints that something was done: `{"done": …}` or one sentence.
     pub fn done(self, what: &str, sentence: &str) {
         self.show(&serde_json::json!({ "done": what }), || sentence.to_owned());
@@ -66,6 +77,11 @@ pub fn table(header: &[&str]) -> Table {
 pub fn text_of(table: &Table) -> String {
     let line = |line: &str| line.strip_prefix(' ').unwrap_or(line).trim_end().to_owned();
     table.to_string().lines().map(line).collect::<Vec<_>>().join("\n")
+}
+
+/// What takes a terminal's cursor up over a text that was printed, and clears it away.
+pub fn over(text: &str) -> String {
+    format!("\u{1b}[{}A\u{1b}[J", text.trim_end().lines().count())
 }
 
 /// A number, to the right.

@@ -108,26 +108,37 @@ Examples:
     },
     /// List the options there are: default, range, meaning
     Options,
-    /// Show what the bricks lack and how the repair goes on
+    /// Repair bricks that lack something: now, with a look at how it goes on
     #[command(
-        after_help = "Nothing has to be started: a brick that comes back is repaired by itself. 'info' shows, per brick, its state, the \
-        regions (of 1 MiB) and bytes it lacks, how fast they come, how long it will take, and which files they belong to.\n\n\
-        Example:\n  mortar volume heal vmstore info"
+        args_conflicts_with_subcommands = false,
+        after_help = "\
+A brick that comes back is repaired by itself; nothing has to be started. Without an action, 'heal' has bricks come back at once \
+that would wait a while because they have failed again and again, and tells what the others wait for.
+
+Examples:
+  mortar volume heal vmstore
+  mortar volume heal vmstore info
+  mortar volume heal vmstore watch"
     )]
     Heal {
         /// The volume
         name: String,
-        /// What to do
+        /// What to do; without one, repair starts now
         #[command(subcommand)]
-        action: HealAction,
+        action: Option<HealAction>,
     },
 }
 
 /// What can be done about repair.
 #[derive(Subcommand, Debug)]
 pub enum HealAction {
-    /// Show it
+    /// Show what each brick lacks: regions (of 1 MiB), bytes, how fast they come, how long it will take, which files
     Info,
+    /// Show it each second until nothing is left to heal
+    #[command(after_help = "\
+Ends by itself, with exit code 0, when every brick is in sync. On a terminal the table is drawn anew; elsewhere each brick that lacks \
+something is a line each second, and with --json a line is one object as 'info' prints it. A leader that dies meanwhile is no end.")]
+    Watch,
 }
 
 /// Does it.
@@ -198,9 +209,13 @@ pub async fn run(command: VolumeCommand, cluster: &Cluster, output: Output) -> O
             output.show(&options::table_json(), options::table_text);
             Ok(())
         }
-        VolumeCommand::Heal { name, action: HealAction::Info } => {
-            named(&name)?;
-            heal::info(cluster, output, &name).await
+        VolumeCommand::Heal { name, action } => {
+            let request = named(&name)?;
+            match action {
+                None => heal::start(cluster, output, request).await,
+                Some(HealAction::Info) => heal::info(cluster, output, &name).await,
+                Some(HealAction::Watch) => heal::watch(cluster, output, &name).await,
+            }
         }
     }
 }

@@ -28,7 +28,11 @@ struct Scripted {
     death: Arc<tokio::sync::Notify>,
     infos: Arc<Mutex<VolumeInfoReply>>,
     heal: Arc<Mutex<HealInfoReply>>,
+    /// What it answers to `HealInfo` before it answers `heal`, last first.
+    heals: Arc<Mutex<Vec<Reply<HealInfoReply>>>>,
     sent: Arc<Mutex<Vec<VolumeSetRequest>>>,
+    clients: Arc<Mutex<ClientListReply>>,
+    evicted: Arc<Mutex<Vec<String>>>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -56,6 +60,9 @@ impl Cluster for Scripted {
         Ok(Response::new(self.infos.lock().unwrap().clone()))
     }
     async fn heal_info(&self, _: Request<VolumeRequest>) -> Reply<HealInfoReply> {
+        if let Some(next) = self.heals.lock().unwrap().pop() {
+            return next;
+        }
         Ok(Response::new(self.heal.lock().unwrap().clone()))
     }
     async fn volume_set(&self, request: Request<VolumeSetRequest>) -> Reply<Empty> {
@@ -90,6 +97,22 @@ impl Cluster for Scripted {
     }
     async fn volume_status(&self, _: Request<VolumeRequest>) -> Reply<VolumeStatusReply> {
         Err(Status::unimplemented("not in this test"))
+    }
+    async fn heal_start(&self, _: Request<VolumeRequest>) -> Reply<HealStartReply> {
+        let row = |path: &str, awaits: &str| HealStartRow {
+            server: "s1:7440".into(),
+            path: path.into(),
+            state: "out".into(),
+            awaits: awaits.into(),
+        };
+        Ok(Response::new(HealStartReply { bricks: vec![row("/b1", ""), row("/b2", "it is not heard")] }))
+    }
+    async fn client_list(&self, _: Request<VolumeRequest>) -> Reply<ClientListReply> {
+        Ok(Response::new(self.clients.lock().unwrap().clone()))
+    }
+    async fn client_evict(&self, request: Request<ClientEvictRequest>) -> Reply<Empty> {
+        self.evicted.lock().unwrap().push(request.into_inner().session);
+        Ok(Response::new(Empty {}))
     }
     async fn check_brick(&self, _: Request<CheckBrickRequest>) -> Reply<Empty> {
         Err(Status::unimplemented("not in this test"))
@@ -311,4 +334,90 @@ fn set_and_reset_send_what_was_written() {
     let sent = server.sent.lock().unwrap().clone();
     assert_eq!((sent[0].key.as_str(), sent[0].value.as_str(), sent[0].reset), ("auth.allow", "10.0.0.0/8", false));
     assert!(sent[1].reset);
+}
+
+#[test]
+fn clients_are_listed_with_what_they_hold_and_one_is_evicted_only_when_that_is_meant() {
+    let server = Scripted::default();
+    let address = server.serve(1);
+    mortar(&[&address], "client list").0.expect(0, "No client has a volume mounted.");
+    let file = SessionFile { path: "/vm1.qcow2".into(), ino: 7, open: true, lease: true };
+    let row = SessionRow {
+        session: "1f".into(),
+        client: "h1:/mnt (process 9)".into(),
+        address: "10.0.0.9".into(),
+        volume: "vmstore".into(),
+        heard_ms: 40,
+        in_flight: 3,
+        open_files: 1,
+        leases: 1,
+        files: vec![file],
+        ..SessionRow::default()
+    };
+    let janitor =
+        SessionRow { session: "2".into(), client: "janitor".into(), heard_ms: u32::MAX, ..SessionRow::default() };
+    *server.clients.lock().unwrap() = ClientListReply { clients: vec![row, janitor] };
+    let json = mortar(&[&address], "--json client list").0.json();
+    assert_eq!((&json["clients"][0]["in_flight"], &json["clients"][0]["heard_ms"]), (&3.into(), &40.into()));
+    assert_eq!(json["clients"][0]["files"][0]["lease"], true);
+    assert_eq!((&json["clients"][1]["volume"], &json["clients"][1]["heard_ms"]), (&().into(), &().into()));
+    let (plain, _) = mortar(&[&address], "client list");
+    plain.expect(0, "h1:/mnt (process 9)").expect(0, "40 ms ago");
+    assert!(!plain.out.contains("/vm1.qcow2"), "{}", plain.out);
+    mortar(&[&address], "client list --files").0.expect(0, "/vm1.qcow2  OL");
+
+    mortar(&[&address], "client evict 1f").0.expect(2, "say --yes if that is meant").expect(2, "1 file open, 1 lease");
+    mortar(&[&address], "client evict x!").0.expect(2, "'x!' is no session");
+    mortar(&[&address], "client evict 77 --yes").0.expect(1, "There is no session 77");
+    assert_eq!(server.evicted.lock().unwrap().len(), 0);
+    mortar(&[&address], "client evict 1F --yes").0.expect(0, "h1:/mnt (process 9) is evicted");
+    assert_eq!(*server.evicted.lock().unwrap(), ["1f"]);
+}
+
+#[test]
+fn heal_says_what_goes_on_and_what_waits_for_what() {
+    let server = Scripted::default();
+    let address = server.serve(1);
+    let (run, _) = mortar(&[&address], "volume heal v");
+    run.expect(0, "s1:7440:/b1 (out) comes back now").expect(0, "s1:7440:/b2 (out) waits: it is not heard");
+    let json = mortar(&[&address], "--json volume heal v").0.json();
+    assert_eq!(json["bricks"][0]["awaits"], serde_json::Value::Null);
+    assert_eq!(json["bricks"][1]["awaits"], "it is not heard");
+}
+
+#[test]
+fn watching_goes_on_until_nothing_is_left_to_heal_and_writes_plain_lines_to_a_pipe() {
+    let server = Scripted::default();
+    let address = server.serve(1);
+    let info = |regions: u64, rate_bytes: u64, left_seconds: u32| {
+        let row = BrickHealRow {
+            server: "s1:7440".into(),
+            path: "/b".into(),
+            state: "syncing".into(),
+            missed_regions: regions,
+            missed_bytes: regions << 20,
+            rate_bytes,
+            left_seconds,
+            files: vec![FileHealRow { path: "/vm1".into(), ino: 7, regions, bytes: regions << 20 }],
+            corruption: None,
+        };
+        Ok(Response::new(HealInfoReply { bricks: vec![row] }))
+    };
+    // The leader is lost in between: that ends no watch.
+    let lost = || Err(Status::internal("the disk is on fire"));
+    let script = || vec![info(1, 1 << 20, 1), lost(), info(3, 0, u32::MAX)];
+    *server.heals.lock().unwrap() = script();
+    let (run, took) = mortar(&[&address], "volume heal v watch");
+    run.expect(0, "s1:7440:/b syncing, 3 regions (3.0 MiB) left in 1 file");
+    run.expect(0, "s1:7440:/b syncing, 1 region (1.0 MiB) left in 1 file, 1.0 MiB/s, 1 s to go")
+        .expect(0, "nothing to heal");
+    assert!(run.err.contains("the disk is on fire") && !run.out.contains('\u{1b}'), "{} {}", run.out, run.err);
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    *server.heals.lock().unwrap() = script();
+    let (run, _) = mortar(&[&address], "--json volume heal v watch");
+    let lines: Vec<serde_json::Value> = run.out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(lines.iter().map(|l| l["nothing_to_heal"] == true).collect::<Vec<_>>(), [false, false, true]);
+    // The first question is answered, or there is nothing to watch.
+    *server.heals.lock().unwrap() = vec![Err(Status::invalid_argument("there is no volume \"v\""))];
+    mortar(&[&address], "volume heal v watch").0.expect(1, "there is no volume");
 }

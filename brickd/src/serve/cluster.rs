@@ -8,10 +8,11 @@ use mortar_proto::config::{BrickState, Slot, Slots};
 use mortar_proto::metadata::state::Volume;
 use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
 use mortar_proto::wire::cluster::{
-    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientRow, Empty,
-    FileHealRow, HealInfoReply, IdentifyReply, MissedOf, ServerAddReply, ServerAddRequest, ServerListReply,
-    ServerRemoveRequest, ServerRow, VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest,
-    VolumeStatusReply, VolumeStatusRow, cluster_client::ClusterClient, cluster_server::Cluster,
+    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientEvictRequest,
+    ClientListReply, ClientRow, Empty, FileHealRow, HealInfoReply, HealStartReply, IdentifyReply, MissedOf,
+    ServerAddReply, ServerAddRequest, ServerListReply, ServerRemoveRequest, ServerRow, VolumeCreateRequest,
+    VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest, VolumeStatusReply, VolumeStatusRow,
+    cluster_client::ClusterClient, cluster_server::Cluster,
 };
 use mortar_proto::wire::id_bytes;
 use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
@@ -75,7 +76,7 @@ fn no_such_server(state: &State, meant: &str) -> Status {
     Status::invalid_argument(format!("there is no server {meant:?} in this cluster; there are: {}", known.join(", ")))
 }
 
-fn state_name(state: BrickState) -> String {
+pub(super) fn state_name(state: BrickState) -> String {
     match state {
         BrickState::InSync => "in-sync",
         BrickState::Syncing => "syncing",
@@ -395,6 +396,18 @@ impl Cluster for Server {
             rows
         });
         Ok(Response::new(HealInfoReply { bricks }))
+    }
+
+    async fn heal_start(&self, request: Request<VolumeRequest>) -> Result<Response<HealStartReply>, Status> {
+        self.start_heal(&request.into_inner().name).await.map(Response::new)
+    }
+
+    async fn client_list(&self, request: Request<VolumeRequest>) -> Result<Response<ClientListReply>, Status> {
+        self.list_clients(&request.into_inner().name).await.map(Response::new)
+    }
+
+    async fn client_evict(&self, request: Request<ClientEvictRequest>) -> Result<Response<Empty>, Status> {
+        refused(self.evict_client(&request.into_inner().session).await?)
     }
 
     async fn identify(&self, _: Request<Empty>) -> Result<Response<IdentifyReply>, Status> {

@@ -38,14 +38,22 @@ pub(super) struct ServerNews {
     pub(super) applied: u64,
 }
 
+/// What is known of a session besides what the log has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct SessionNews {
+    pub(super) heard_ms: u64,
+    /// Operations on data that its applications waited for then.
+    pub(super) in_flight: u32,
+}
+
 pub(super) struct Leader {
     term: u64,
     since_ms: u64,
     pub(super) monitor: Monitor,
     pub(super) bricks: HashMap<BrickId, BrickNews>,
     pub(super) servers: HashMap<ServerId, ServerNews>,
-    /// When each session was heard last.
-    heard: HashMap<SessionId, u64>,
+    /// Sessions that were heard.
+    pub(super) sessions: HashMap<SessionId, SessionNews>,
     watchers: HashMap<SessionId, mpsc::Sender<Result<wire::Event, Status>>>,
     told: HashMap<SetId, ConfigNo>,
     told_options: HashMap<VolumeId, Options>,
@@ -71,7 +79,7 @@ impl Leader {
             monitor: Monitor::new(timing(state), now_ms),
             bricks: HashMap::new(),
             servers: HashMap::new(),
-            heard: HashMap::new(),
+            sessions: HashMap::new(),
             watchers: HashMap::new(),
             told: HashMap::new(),
             told_options: HashMap::new(),
@@ -80,7 +88,12 @@ impl Leader {
 
     /// A session was heard.
     pub(super) fn session_heard(&mut self, session: SessionId, now_ms: u64) {
-        self.heard.insert(session, now_ms);
+        self.sessions.entry(session).or_default().heard_ms = now_ms;
+    }
+
+    /// A session was heard, and says how much it has under way.
+    pub(super) fn session_kept(&mut self, session: SessionId, now_ms: u64, in_flight: u32) {
+        self.sessions.insert(session, SessionNews { heard_ms: now_ms, in_flight });
     }
 
     /// A session listens.
@@ -138,7 +151,7 @@ impl Leader {
             self.tell(session, wire::event::Event::Lapsed(wire::Lapsed { reason: "the session has ended".into() }));
             self.watchers.remove(&session);
         }
-        self.heard.retain(|session, _| state.sessions.contains_key(session));
+        self.sessions.retain(|session, _| state.sessions.contains_key(session));
     }
 
     /// Sessions that were not heard for their time to live; nobody is older than this leader.
@@ -151,7 +164,7 @@ impl Leader {
         state
             .sessions
             .iter()
-            .filter(|(id, s)| self.heard.get(id).copied().unwrap_or(self.since_ms) + ttl(s.volume) < now_ms)
+            .filter(|(id, s)| self.sessions.get(id).map_or(self.since_ms, |n| n.heard_ms) + ttl(s.volume) < now_ms)
             .map(|(id, _)| *id)
             .collect()
     }

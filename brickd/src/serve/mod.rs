@@ -6,11 +6,15 @@
 //! | `peer` | what servers say to each other |
 //! | `session` | what mounted clients say |
 //! | `cluster` | what the administrator says |
+//! | `clients` | which clients there are; ending one |
+//! | `heal` | repair that starts now |
 //! | `checks` | may this directory become a brick? |
 //! | `lead` | the leader's memory: who lives, who is heard, what it proposes by itself |
 
 mod checks;
+mod clients;
 mod cluster;
+mod heal;
 mod lead;
 mod peer;
 mod port;

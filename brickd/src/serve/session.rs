@@ -63,6 +63,9 @@ impl Session for Server {
         let (from, here) = (request.remote_addr(), request.local_addr());
         let request = request.into_inner();
         let nonce = id_from(&request.nonce).ok_or_else(|| Status::invalid_argument("a nonce has 16 bytes"))?;
+        if self.log.with_state(|state| state.evicted.contains(&SessionId(request.previous))) {
+            return Ok(Response::new(OpenReply { evicted: true, ..OpenReply::default() }));
+        }
         if request.volume.is_empty() {
             // The janitor has all volumes, and works on the leader's own machine; nobody else is given that.
             let ip = |a: Option<SocketAddr>| a.map(|a| a.ip().to_canonical());
@@ -99,6 +102,7 @@ impl Session for Server {
                 repair_rate: told.repair_rate,
                 sets: pictures(state, request.volume.is_empty(), volume),
                 servers: state.servers.values().map(|s| s.address.clone()).collect(),
+                evicted: false,
             }
         });
         Ok(Response::new(reply))
@@ -126,11 +130,11 @@ impl Session for Server {
         })?;
         let leader = self.me();
         tokio::spawn(async move {
-            while let Ok(Some(_)) = beats.message().await {
+            while let Ok(Some(beat)) = beats.message().await {
                 let Some(server) = leader.upgrade() else { return };
                 let now = server.now_ms();
                 let known = server.log.with_state(|state| state.sessions.contains_key(&session));
-                if !known || server.lead(|l| l.session_heard(session, now)).is_err() {
+                if !known || server.lead(|l| l.session_kept(session, now, beat.in_flight)).is_err() {
                     return;
                 }
                 if tell.try_send(Ok(Event { event: Some(event::Event::Alive(wire::Alive {})) })).is_err() {

@@ -90,6 +90,7 @@ mod tests {
             IoError::NoQuorum,
             IoError::SessionLost,
             IoError::Closed,
+            IoError::Evicted,
             IoError::Control("no leader".into()),
             IoError::Errno(libc::EROFS),
             IoError::Errno(libc::ENOTCONN),

@@ -152,6 +152,11 @@ impl File {
         self.sort(&mut inner, effects, Vec::new())
     }
 
+    /// Operations that somebody waits for.
+    pub(super) fn in_flight(&self) -> usize {
+        self.inner.lock().pending.values().filter(|p| p.caller.is_some()).count()
+    }
+
     pub(super) fn with<R>(&self, look: impl FnOnce(&mut Coordinator) -> R) -> R {
         look(&mut self.inner.lock().coordinator)
     }

@@ -35,12 +35,14 @@ pub(super) struct Session {
     lapsed: AtomicBool,
     wake: tokio::sync::Notify,
     ended: AtomicBool,
+    /// The administrator ended it for good.
+    evicted: AtomicBool,
 }
 
 impl Session {
     /// Opens a session.
     pub(super) async fn open(control: Arc<Control>, options: MountOptions) -> Result<(Self, wire::OpenReply), String> {
-        let reply = open(&control, &options, OPEN_DEADLINE).await.map_err(|e| e.message().to_owned())?;
+        let reply = open(&control, &options, SessionId(0)).await.map_err(|e| e.message().to_owned())?;
         let session = Self {
             control,
             options,
@@ -49,6 +51,7 @@ impl Session {
             lapsed: AtomicBool::new(false),
             wake: tokio::sync::Notify::new(),
             ended: AtomicBool::new(false),
+            evicted: AtomicBool::new(false),
         };
         Ok((session, reply))
     }
@@ -61,6 +64,10 @@ impl Session {
     }
     pub(super) fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Acquire)
+    }
+    /// The administrator ended it: there will be no other.
+    pub(super) fn is_evicted(&self) -> bool {
+        self.evicted.load(Ordering::Acquire)
     }
 
     /// Somebody was told that this session is no more.
@@ -108,14 +115,15 @@ impl Session {
     /// Keeps the session of `volume` alive until it is ended or dropped.
     pub(super) fn watch(&self, volume: Weak<Volume>) {
         tokio::spawn(async move {
-            while let Some(volume) = volume.upgrade() {
+            let weak = volume;
+            while let Some(volume) = weak.upgrade() {
                 let session = volume.session();
                 if session.is_ended() {
                     return;
                 }
                 if session.lapsed.load(Ordering::Acquire) {
                     session.reopen(&volume).await;
-                } else if let Err(status) = session.hear(&volume).await {
+                } else if let Err(status) = session.hear(&volume, weak.clone()).await {
                     if status.code() == Code::NotFound {
                         session.lapsed(session.id());
                     } else {
@@ -128,7 +136,16 @@ impl Session {
     }
 
     async fn reopen(&self, volume: &Volume) {
-        match open(&self.control, &self.options, OPEN_DEADLINE).await {
+        match open(&self.control, &self.options, self.id()).await {
+            Ok(reply) if reply.evicted => {
+                tracing::error!(
+                    session = %self.id(),
+                    "the administrator has evicted this client: everything fails until the volume is unmounted and mounted again"
+                );
+                self.evicted.store(true, Ordering::Release);
+                self.ended.store(true, Ordering::Release);
+                volume.cut_off();
+            }
             Ok(reply) => {
                 tracing::warn!(old = %self.id(), new = reply.session, "the session had lapsed; a new one was opened");
                 self.id.store(reply.session, Ordering::Release);
@@ -144,15 +161,19 @@ impl Session {
     }
 
     /// Sends keep-alives and takes events until the stream breaks.
-    async fn hear(&self, volume: &Volume) -> Result<(), Status> {
+    async fn hear(&self, volume: &Volume, weak: Weak<Volume>) -> Result<(), Status> {
         let session = self.id().0;
         let every = Duration::from_millis((self.ttl_ms.load(Ordering::Acquire) / 6).clamp(100, 1000));
         let mut events = self
             .control
-            .call(Duration::from_secs(5), |channel| async move {
-                let beats = tokio_stream::wrappers::IntervalStream::new(tokio::time::interval(every));
-                let beats = beats.map(move |_| wire::KeepAlive { session });
-                client(channel).watch(beats).await.map(tonic::Response::into_inner)
+            .call(Duration::from_secs(5), |channel| {
+                let busy = weak.clone();
+                async move {
+                    let beats = tokio_stream::wrappers::IntervalStream::new(tokio::time::interval(every));
+                    let in_flight = move || busy.upgrade().map_or(0, |v| v.in_flight() as u32);
+                    let beats = beats.map(move |_| wire::KeepAlive { session, in_flight: in_flight() });
+                    client(channel).watch(beats).await.map(tonic::Response::into_inner)
+                }
             })
             .await?;
         // A leader that says nothing for this long is as good as gone.
@@ -183,16 +204,18 @@ impl Session {
     }
 }
 
-async fn open(control: &Control, options: &MountOptions, deadline: Duration) -> Result<wire::OpenReply, Status> {
+/// Opens a session, in the place of an ended one if `previous` is not 0.
+async fn open(control: &Control, options: &MountOptions, previous: SessionId) -> Result<wire::OpenReply, Status> {
     let mut nonce = [0_u8; 16];
     getrandom::fill(&mut nonce).map_err(|e| Status::internal(format!("no random numbers: {e}")))?;
     let nonce = u128::from_be_bytes(nonce);
     let reply = control
-        .call(deadline, |channel| async move {
+        .call(OPEN_DEADLINE, |channel| async move {
             let request = wire::OpenRequest {
                 nonce: id_bytes(nonce),
                 volume: options.volume.clone(),
                 client: options.client.clone(),
+                previous: previous.0,
             };
             client(channel).open(request).await.map(tonic::Response::into_inner)
         })

@@ -93,6 +93,9 @@ pub enum IoError {
     /// The volume was closed.
     #[error("the volume is closed")]
     Closed,
+    /// The administrator ended the session for good.
+    #[error("the administrator has evicted this client; unmount the volume and mount it again")]
+    Evicted,
 }
 
 /// Why a volume cannot be mounted.
@@ -277,6 +280,7 @@ impl Volume {
     /// # Errors
     /// When no leader answers for a minute.
     pub async fn ask(&self, query: Query) -> Result<metadata::Answer, IoError> {
+        self.check_admitted()?;
         let body = Bytes::from(crate::wire::encode(&query));
         let reply = self
             .session
@@ -302,6 +306,7 @@ impl Volume {
         let body = Bytes::from(crate::wire::encode(&operation));
         let mut tries = 0;
         let outcome = loop {
+            self.check_admitted()?;
             let session = self.session.id();
             let reply = self
                 .session
@@ -325,6 +330,10 @@ impl Volume {
         };
         self.remember_open(&operation, &outcome);
         Ok(outcome)
+    }
+
+    fn check_admitted(&self) -> Result<(), IoError> {
+        if self.session.is_evicted() { Err(IoError::Evicted) } else { Ok(()) }
     }
 
     /// Keeps the list of what has to be opened again if the session lapses.
@@ -480,19 +489,33 @@ impl Volume {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         self.session.end().await;
-        for file in self.files.read().values() {
-            file.abandon().answer();
-        }
+        self.cut_off();
+    }
+
+    /// Ends whatever is under way with an error, and hangs up on all bricks: there is no session any more, nor will there be.
+    pub(super) fn cut_off(&self) {
         for set in self.sets.read().values() {
             for link in &set.links {
                 link.stop();
             }
         }
+        let files: Vec<Arc<File>> = self.files.read().values().cloned().collect();
+        for file in files {
+            file.abandon().answer();
+        }
+    }
+
+    /// Operations on data that somebody waits for.
+    pub(super) fn in_flight(&self) -> usize {
+        self.files.read().values().map(|file| file.in_flight()).sum()
     }
 
     // -- the machinery ----------------------------------------------------------------------------------------------
 
     fn start(&self, id: FileId, operation: Operation, payload: Bytes, sums: Bytes, caller: Caller) {
+        if let Err(evicted) = self.check_admitted() {
+            return caller.refuse(evicted);
+        }
         let pending = Pending { payload, sums, caller: Some(caller) };
         match self.file(id) {
             Some(file) => {
@@ -586,6 +609,10 @@ impl Volume {
 
     fn tick(&self) {
         let now = self.now_ms();
+        if self.session.is_evicted() {
+            // What slipped in while the session was found to be evicted.
+            return self.cut_off();
+        }
         let files: Vec<Arc<File>> = self.files.read().values().cloned().collect();
         for file in files {
             let todo = file.tell(Event::Tick, Vec::new(), now);

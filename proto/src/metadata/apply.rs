@@ -6,7 +6,8 @@
 use super::command::{BrickPlace, Command, Effect, Entry, NameError, Outcome};
 use super::options;
 use super::state::{
-    Brick, Directory, Inode, Lease, Node, REMEMBERED_OUTCOMES, ReplicaSet, Server, Session, State, Volume,
+    Brick, Directory, Inode, Lease, Node, REMEMBERED_EVICTIONS, REMEMBERED_OUTCOMES, ReplicaSet, Server, Session,
+    State, Volume,
 };
 use crate::config::{BrickState, Configuration, Member};
 use crate::types::{
@@ -86,12 +87,13 @@ impl State {
             Command::Rejoin { set, n, slot } => self.rejoin(*set, *n, *slot, effects),
             Command::Promote { set, n, slot } => self.promote(*set, *n, *slot, effects),
             Command::SessionOpen { nonce, volume, client, address } => {
-                self.session_open(*nonce, volume, client, address)
+                self.session_open(*nonce, volume, client, address, entry.time_ns)
             }
             Command::SessionEnd { session } => {
                 self.session_end(*session, entry.time_ns, effects);
                 Outcome::Done
             }
+            Command::SessionEvict { session } => self.session_evict(*session, entry.time_ns, effects),
             Command::LeaseGrant { ino, to, from } => self.lease_grant(*ino, *to, *from, effects),
             Command::LeaseRelease { ino, session, epoch, finished } => {
                 self.lease_release(*ino, *session, *epoch, *finished, effects)
@@ -330,7 +332,7 @@ impl State {
 
     // -- sessions and leases ----------------------------------------------------------------------------------------
 
-    fn session_open(&mut self, nonce: u128, volume: &str, client: &str, address: &str) -> Outcome {
+    fn session_open(&mut self, nonce: u128, volume: &str, client: &str, address: &str, opened_ns: u64) -> Outcome {
         let (volume, root) = if volume.is_empty() {
             (None, Ino(0))
         } else {
@@ -354,6 +356,7 @@ impl State {
                 volume,
                 client: client.chars().take(200).collect(),
                 address: address.to_owned(),
+                opened_ns,
                 open: BTreeSet::new(),
                 leases: BTreeSet::new(),
                 outcomes: VecDeque::new(),
@@ -379,6 +382,24 @@ impl State {
             self.closed(ino, time_ns, effects);
         }
         effects.push(Effect::SessionEnded { session });
+    }
+
+    fn session_evict(&mut self, session: SessionId, time_ns: u64, effects: &mut Vec<Effect>) -> Outcome {
+        match self.sessions.get(&session) {
+            None => refused(format!("there is no session {:x}; `mortar client list` shows those there are", session.0)),
+            Some(Session { volume: None, .. }) => refused(format!(
+                "session {:x} is the cluster's own janitor, which repairs files that nobody has open; it is no client",
+                session.0
+            )),
+            Some(_) => {
+                if self.evicted.len() == REMEMBERED_EVICTIONS {
+                    self.evicted.pop_front();
+                }
+                self.evicted.push_back(session);
+                self.session_end(session, time_ns, effects);
+                Outcome::Done
+            }
+        }
     }
 
     fn lease_mut(&mut self, ino: Ino) -> Option<(SetId, &mut Lease)> {

@@ -148,6 +148,12 @@ pub enum Command {
         /// Which.
         session: SessionId,
     },
+    /// The administrator ends a client's session for good: the client opens no other in its place. Refused for one that is not
+    /// there, and for the janitor's.
+    SessionEvict {
+        /// Which.
+        session: SessionId,
+    },
 
     /// Grants a file's lease `[W1]`. If `from` is given, that holder's release is part of the same entry.
     LeaseGrant {

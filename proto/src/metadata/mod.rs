@@ -26,6 +26,8 @@ pub mod options;
 pub mod placement;
 pub mod query;
 pub mod state;
+#[cfg(test)]
+mod tests;
 
 pub use command::*;
 pub use query::{Answer, Attributes, DirectoryEntry, Query};

@@ -9,6 +9,8 @@ use crate::types::{BrickId, ClusterId, Epoch, Ino, LogIndex, ServerId, SessionId
 /// Outcomes that are remembered per session, so that a request that is sent again gets the answer it got. A client has
 /// at most this many requests under way.
 pub const REMEMBERED_OUTCOMES: usize = 256;
+/// Sessions whose eviction is remembered, for as long as their clients may not have heard of it.
+pub const REMEMBERED_EVICTIONS: usize = 1024;
 
 /// The whole state of a cluster. Equal on every server that has applied the same prefix of the log.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -30,6 +32,8 @@ pub struct State {
     pub sets: BTreeMap<SetId, ReplicaSet>,
     /// Sessions.
     pub sessions: BTreeMap<SessionId, Session>,
+    /// Sessions that the administrator ended, oldest first, at most [`REMEMBERED_EVICTIONS`]: their clients get no other.
+    pub evicted: VecDeque<SessionId>,
     /// Inodes of all volumes.
     pub inodes: BTreeMap<Ino, Inode>,
 }
@@ -97,6 +101,8 @@ pub struct Session {
     pub client: String,
     /// Where it came from.
     pub address: String,
+    /// When it was opened, by the leader's clock, in nanoseconds since 1970.
+    pub opened_ns: u64,
     /// Files it has open.
     pub open: BTreeSet<Ino>,
     /// Leases it holds.

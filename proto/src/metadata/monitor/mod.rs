@@ -318,6 +318,12 @@ impl Monitor {
         None
     }
 
+    /// The administrator wants a brick back now: its failures so far are forgiven `[E8]`.
+    pub fn forgive(&mut self, brick: BrickId) {
+        let past = self.past.entry(brick).or_default();
+        *past = Past { failures: 0, out_since_ms: past.out_since_ms.map(|_| 0), ..*past };
+    }
+
     /// [E8] A brick that was put out and lives comes back, after a while that grows with its failures.
     fn return_of_one(&self, state: &State, set: SetId, configuration: &Configuration, now_ms: u64) -> Option<Command> {
         for slot in configuration.out().iter() {
