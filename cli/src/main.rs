@@ -13,6 +13,7 @@ mod options;
 mod output;
 mod playground;
 mod report;
+mod scrub;
 mod server;
 mod volume;
 

@@ -9,7 +9,8 @@ use crate::cluster::Cluster;
 use crate::confirm::confirm;
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
-use crate::{heal, options, report};
+use crate::scrub::ScrubAction;
+use crate::{heal, options, report, scrub};
 
 /// What can be done with volumes.
 #[derive(Subcommand, Debug)]
@@ -127,6 +128,21 @@ Examples:
         #[command(subcommand)]
         action: Option<HealAction>,
     },
+    /// Read all data, to find and repair what disks have changed
+    #[command(
+        after_help = "Every brick reads all it has, compares it with its checksums, and these with those of the other bricks. What is \
+        wrong is repaired from another brick; a brick is wrong, too, when it differs from two that agree. Where bricks differ and no \
+        two agree, nothing is changed, and 'status' counts it as undecided.\n\n\
+        A scrub begins by itself an interval after the last one (option scrub.interval), reads at most scrub.rate, and gives way \
+        to load.\n\nExample:\n  mortar volume scrub vmstore start"
+    )]
+    Scrub {
+        /// The volume
+        name: String,
+        /// What to do
+        #[command(subcommand)]
+        action: ScrubAction,
+    },
 }
 
 /// What can be done about repair.
@@ -216,6 +232,10 @@ pub async fn run(command: VolumeCommand, cluster: &Cluster, output: Output) -> O
                 Some(HealAction::Info) => heal::info(cluster, output, &name).await,
                 Some(HealAction::Watch) => heal::watch(cluster, output, &name).await,
             }
+        }
+        VolumeCommand::Scrub { name, action } => {
+            named(&name)?;
+            scrub::run(cluster, output, &name, action).await
         }
     }
 }

@@ -117,6 +117,12 @@ impl Cluster for Scripted {
     async fn check_brick(&self, _: Request<CheckBrickRequest>) -> Reply<Empty> {
         Err(Status::unimplemented("not in this test"))
     }
+    async fn volume_scrub(&self, _: Request<VolumeScrubRequest>) -> Reply<VolumeScrubReply> {
+        Err(Status::unimplemented("not in this test"))
+    }
+    async fn brick_scrub(&self, _: Request<BrickScrubRequest>) -> Reply<ScrubStatus> {
+        Err(Status::unimplemented("not in this test"))
+    }
     async fn brick_heal(&self, _: Request<BrickHealRequest>) -> Reply<BrickHealReply> {
         Err(Status::unimplemented("not in this test"))
     }

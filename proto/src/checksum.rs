@@ -4,12 +4,7 @@
 //! [`HOLE`] stands for a block that was never written or was punched: it reads as zeroes.
 
 use crate::types::BLOCK_BYTES;
-
-/// A block's checksum.
-pub type Sum = u64;
-
-/// The sum that stands for a hole.
-pub const HOLE: Sum = 0;
+pub use crate::types::{HOLE, Sum};
 
 /// The sum of one block of `BLOCK_BYTES` bytes, or of the shorter last block of a file. Never [`HOLE`].
 #[must_use]

@@ -1,9 +1,10 @@
 //! Mortar's protocol: what clients, bricks and the metadata log say to each other, and the rules for saying it.
 //!
-//! The rules live in three pure machines that know no clock, socket, thread, file, random number or payload byte:
+//! The rules live in pure machines that know no clock, socket, thread, file, random number or payload byte:
 //!
 //! - [`coordinator`]: what the holder of a file's lease does (mount, janitor),
 //! - [`replica`]: what a brick does,
+//! - [`scrub`]: what a brick's scrub looks at, and what a difference between bricks means,
 //! - [`metadata`]: the state machine of the cluster's log, and what its leader decides.
 //!
 //! Time and chance come in as arguments and effects go out as values, so the same code runs in the daemons and in the
@@ -19,6 +20,7 @@ pub mod coordinator;
 pub mod interval;
 pub mod metadata;
 pub mod replica;
+pub mod scrub;
 pub mod types;
 
 #[cfg(feature = "wire")]

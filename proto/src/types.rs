@@ -87,6 +87,11 @@ pub const REPLICAS: usize = 3;
 /// size touches it, and repairing it makes the sizes equal.
 pub const SIZE_REGION: u64 = 1 << 44;
 
+/// A block's checksum.
+pub type Sum = u64;
+/// The sum that stands for a hole.
+pub const HOLE: Sum = 0;
+
 /// A range of bytes of a file, never wrapping.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash, Default, PartialOrd, Ord)]
 #[cfg_attr(feature = "wire", derive(serde::Serialize, serde::Deserialize))]

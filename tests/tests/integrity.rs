@@ -39,6 +39,44 @@ fn corruption(world: &World) -> Result<Vec<(u64, u64)>> {
     bricks.iter().map(|b| of(b).context("heal info does not tell of corrupt blocks")).collect()
 }
 
+/// What `mortar volume scrub` says of each brick.
+fn scrub(world: &World) -> Result<Vec<serde_json::Value>> {
+    let status = world.mortar(&format!("volume scrub {VOLUME} status"))?;
+    status["bricks"].as_array().cloned().context("scrub status has no bricks")
+}
+
+#[test]
+fn a_scrub_finds_and_repairs_what_nobody_reads() -> Result<()> {
+    with_mount("scrub", |world, mount| {
+        let right = image(mount)?;
+        for brick in 1..=3 {
+            flip(world, brick, 100 * brick as u64)?;
+            flip(world, brick, 1000 + brick as u64)?;
+        }
+        ensure!(corruption(world)? == [(0, 0); 3], "nobody has looked yet");
+        // The mount holds the file's lease, and is told within its next question.
+        world.mortar(&format!("volume scrub {VOLUME} start"))?;
+        eventually("all is found and repaired", Duration::from_secs(60), || {
+            Ok(corruption(world)? == [(2, 2); 3] && scrub(world)?.iter().all(|b| b["state"] == "idle"))
+        })?;
+        for brick in scrub(world)? {
+            ensure!(brick["found"] == 2 && brick["undecided"] == 0 && brick["last_finished"].is_u64(), "{brick}");
+            ensure!(brick["looked_bytes"].as_u64() >= Some(8 << 20), "{brick}");
+        }
+        world.healed(Duration::from_secs(10))?;
+        world.bricks_are_equal()?;
+        ensure!(sum(mount)? == right, "the mount answers with something else");
+        // Again: there is nothing to find.
+        world.mortar(&format!("volume scrub {VOLUME} start"))?;
+        eventually("the second scrub has ended", Duration::from_secs(60), || {
+            let bricks = scrub(world)?;
+            Ok(bricks.iter().all(|b| b["state"] == "idle" && b["found"] == 0))
+        })?;
+        world.mortar(&format!("volume scrub {VOLUME} stop"))?;
+        Ok(())
+    })
+}
+
 #[test]
 fn a_block_that_is_read_and_does_not_verify_is_answered_rightly_and_repaired() -> Result<()> {
     with_mount("corrupt", |world, mount| {

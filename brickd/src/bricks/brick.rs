@@ -28,6 +28,7 @@ use super::chores::Chore;
 use super::damage::Damage;
 use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
+use super::scrub::Scrubbing;
 use crate::log::Log;
 use crate::store::{BrickDir, BrickId3, Journal, Objects, Record, Removal, StoreError};
 use crate::tree::Tree;
@@ -113,6 +114,7 @@ pub struct Brick {
     pub(super) repaired_bytes: AtomicU64,
     pub(super) pace: Pace,
     pub(super) damage: Damage,
+    pub(super) scrubbing: Scrubbing,
     failed: Mutex<String>,
     pub(super) is_stopping: AtomicBool,
     is_closed: AtomicBool,
@@ -200,6 +202,7 @@ impl Brick {
             repaired_bytes: AtomicU64::new(0),
             pace: Pace::default(),
             damage: Damage::default(),
+            scrubbing: Scrubbing::new(loaded.scrub.as_deref(), options),
             failed: Mutex::default(),
             is_stopping: AtomicBool::new(false),
             is_closed: AtomicBool::new(false),
@@ -215,6 +218,7 @@ impl Brick {
         });
         super::chores::start(&brick, tree, to_do)?;
         super::tasks::start(&brick)?;
+        super::scrub::start(&brick)?;
         Ok(brick)
     }
 
@@ -321,6 +325,7 @@ impl Brick {
         self.read_lease_ms.store(options.read_lease_ms, Ordering::Relaxed);
         self.io_timeout_ms.store(options.io_timeout_ms, Ordering::Relaxed);
         self.reserve_percent.store(options.reserve_percent, Ordering::Relaxed);
+        self.scrubbing.set_options(options);
     }
 
     // -- failing ----------------------------------------------------------------------------------------------------

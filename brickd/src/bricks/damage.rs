@@ -29,6 +29,10 @@ pub(super) struct Damage {
 
 /// Somebody read blocks that did not verify.
 pub(super) fn reported(brick: &Brick, ino: Ino, report: &data::Report) -> Answer {
+    if report.compare {
+        brick.scrubbing.compare_too(ino, report.start / REGION_BYTES);
+        return done();
+    }
     match brick.look_at(ino, ByteRange { start: report.start, end: report.end }) {
         Ok(_) => done(),
         Err(e) => store_failed(brick, &e),
@@ -42,11 +46,16 @@ impl Brick {
     /// When the disk refuses.
     pub(super) fn look_at(&self, ino: Ino, range: ByteRange) -> Result<Vec<u64>, StoreError> {
         let blocks = self.objects.unsound(ino, range)?;
-        if !blocks.is_empty() {
-            self.found_corrupt(ino, &blocks);
-            self.remember_damage(ino, &regions_of(&blocks));
-        }
+        self.remember_corrupt(ino, &blocks);
         Ok(blocks)
+    }
+
+    /// These blocks do not match their sums.
+    pub(super) fn remember_corrupt(&self, ino: Ino, blocks: &[u64]) {
+        if !blocks.is_empty() {
+            self.found_wrong(ino, blocks, "corrupt blocks: they do not match their checksums, and are to be repaired");
+            self.remember_damage(ino, &regions_of(blocks));
+        }
     }
 
     /// Looks at what the store has noticed by the way.
@@ -76,11 +85,16 @@ impl Brick {
         Ok(())
     }
 
-    fn path_of(&self, ino: Ino) -> String {
+    pub(super) fn path_of(&self, ino: Ino) -> String {
         self.log.with_state(|state| state.path_of(ino)).unwrap_or_default()
     }
 
-    fn found_corrupt(&self, ino: Ino, blocks: &[u64]) {
+    /// These blocks are otherwise than on the two other bricks, which agree.
+    pub(super) fn found_outvoted(&self, ino: Ino, blocks: &[u64]) {
+        self.found_wrong(ino, blocks, "blocks differ from the two other bricks, which agree, and are to be repaired");
+    }
+
+    fn found_wrong(&self, ino: Ino, blocks: &[u64], what: &str) {
         let new: Vec<u64> = {
             let mut known = self.damage.known.lock();
             let room = MAX_KNOWN.saturating_sub(known.len());
@@ -89,7 +103,7 @@ impl Brick {
         if !new.is_empty() {
             self.damage.found.fetch_add(new.len() as u64, Ordering::Relaxed);
             let (file, some) = (self.path_of(ino), &new[..new.len().min(MAX_NAMED)]);
-            tracing::error!(brick = %self.id, file, ino = %ino, count = new.len(), blocks = ?some, "corrupt blocks: they do not match their checksums, and are to be repaired");
+            tracing::error!(brick = %self.id, file, ino = %ino, count = new.len(), blocks = ?some, "{what}");
         }
     }
 
@@ -145,7 +159,11 @@ impl Brick {
             drop(replica);
             let blocks = region.saturating_mul(REGION_BYTES / BLOCK_BYTES);
             let gone = (ino, blocks)..(ino, blocks.saturating_add(REGION_BYTES / BLOCK_BYTES));
-            self.damage.known.lock().retain(|known| !gone.contains(known));
+            let mut known = self.damage.known.lock();
+            let before = known.len();
+            known.retain(|block| !gone.contains(block));
+            // Those that verified, and differed from what the others agree on; or were written over.
+            self.damage.repaired.fetch_add((before - known.len()) as u64, Ordering::Relaxed);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 //! | `brick` | one brick: its replica machine, store and journal; heartbeats; failing |
 //! | `stop` | the end of a brick: a clean stop `[E5]` |
 //! | `damage` | what is corrupt here: found, remembered, counted `[R5]` |
+//! | `scrub` | looking for what is corrupt where nobody reads, and comparing bricks `[R5]` |
 //! | `chores` | what a brick does on its disk because names change: its tree, objects that are gone |
 //! | `serve` | connections |
 //! | `answers` | what goes out on a connection, and how much may wait |
@@ -30,6 +31,7 @@ mod peers;
 mod pull;
 mod requests;
 mod run;
+mod scrub;
 mod serve;
 mod stop;
 mod tasks;
@@ -319,6 +321,12 @@ impl Bricks {
         if let Err(e) = spawned {
             tracing::error!(%from, "no thread for a connection: {e}");
         }
+    }
+
+    /// Starts or stops a brick's scrub, and tells how it does.
+    #[must_use]
+    pub fn scrub(&self, brick: BrickId, action: cluster::ScrubAction) -> Option<cluster::ScrubStatus> {
+        self.brick(brick).map(|b| b.scrub(action))
     }
 
     fn brick(&self, id: BrickId) -> Option<Arc<Brick>> {

@@ -202,7 +202,7 @@ impl Copy<'_> {
         }
         if is_corrupt {
             tracing::warn!(brick = %self.brick.id, ino = %self.ino, "brick {} has corrupt data at {}", source.0, piece.start);
-            let report = What::Report(data::Report { start: piece.start, end: piece.end });
+            let report = What::Report(data::Report { start: piece.start, end: piece.end, compare: false });
             // If it does not hear of it now, it is found again.
             let _ = self.brick.ask_peer(source, self.ino, self.stamp, report);
         }

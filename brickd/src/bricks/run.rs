@@ -355,6 +355,7 @@ fn ask(brick: &Brick, ino: Ino, what: &What) -> Answer {
                     size,
                     next_data: 0,
                     busy: brick.pace.is_busy(brick.now_ms()),
+                    unsettled: !brick.replica.lock().is_settled(ino, ByteRange { start: s.start, end: s.end }),
                 }),
                 Vec::new(),
             ),

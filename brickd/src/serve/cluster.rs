@@ -8,11 +8,11 @@ use mortar_proto::config::{BrickState, Slot, Slots};
 use mortar_proto::metadata::state::Volume;
 use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
 use mortar_proto::wire::cluster::{
-    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickSpec, CheckBrickRequest, ClientEvictRequest,
-    ClientListReply, ClientRow, Empty, FileHealRow, HealInfoReply, HealStartReply, IdentifyReply, MissedOf,
-    ServerAddReply, ServerAddRequest, ServerListReply, ServerRemoveRequest, ServerRow, VolumeCreateRequest,
-    VolumeInfoReply, VolumeRequest, VolumeRow, VolumeSetRequest, VolumeStatusReply, VolumeStatusRow,
-    cluster_client::ClusterClient, cluster_server::Cluster,
+    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickScrubRequest, BrickSpec, CheckBrickRequest,
+    ClientEvictRequest, ClientListReply, ClientRow, Empty, FileHealRow, HealInfoReply, HealStartReply, IdentifyReply,
+    MissedOf, ScrubStatus, ServerAddReply, ServerAddRequest, ServerListReply, ServerRemoveRequest, ServerRow,
+    VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeScrubReply, VolumeScrubRequest,
+    VolumeSetRequest, VolumeStatusReply, VolumeStatusRow, cluster_client::ClusterClient, cluster_server::Cluster,
 };
 use mortar_proto::wire::id_bytes;
 use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
@@ -25,7 +25,7 @@ use super::{Server, checks};
 /// How long another server may take.
 const PEER_TIMEOUT: Duration = Duration::from_secs(3);
 /// The same, for what only decorates an answer.
-const LOOK_TIMEOUT: Duration = Duration::from_millis(1000);
+pub(super) const LOOK_TIMEOUT: Duration = Duration::from_millis(1000);
 /// How long until a server that refused a connection is tried again.
 const RETRY: Duration = Duration::from_millis(150);
 /// How long a server that was taken in may take to be heard: it starts anew for that.
@@ -33,7 +33,7 @@ const ARRIVAL: Duration = Duration::from_secs(8);
 /// "Unknown" and "never" in what is counted.
 const UNKNOWN: u32 = u32::MAX;
 
-async fn connect(address: &str, timeout: Duration) -> Result<Channel, String> {
+pub(super) async fn connect(address: &str, timeout: Duration) -> Result<Channel, String> {
     let endpoint =
         Endpoint::from_shared(format!("http://{address}")).map_err(|e| format!("{address} is no address: {e}"))?;
     let endpoint = endpoint.connect_timeout(timeout).tcp_nodelay(true);
@@ -408,6 +408,16 @@ impl Cluster for Server {
 
     async fn client_evict(&self, request: Request<ClientEvictRequest>) -> Result<Response<Empty>, Status> {
         refused(self.evict_client(&request.into_inner().session).await?)
+    }
+
+    async fn volume_scrub(&self, request: Request<VolumeScrubRequest>) -> Result<Response<VolumeScrubReply>, Status> {
+        self.scrub_volume(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn brick_scrub(&self, request: Request<BrickScrubRequest>) -> Result<Response<ScrubStatus>, Status> {
+        let request = request.into_inner();
+        let status = self.scrub_brick(BrickId(request.brick), request.action()).await;
+        status.map(Response::new).ok_or_else(|| Status::not_found("the brick is not open on this server"))
     }
 
     async fn identify(&self, _: Request<Empty>) -> Result<Response<IdentifyReply>, Status> {

@@ -9,6 +9,7 @@
 //! | `clients` | which clients there are; ending one |
 //! | `heal` | repair that starts now |
 //! | `checks` | may this directory become a brick? |
+//! | `scrub` | scrubs, started, stopped and shown |
 //! | `lead` | the leader's memory: who lives, who is heard, what it proposes by itself |
 
 mod checks;
@@ -18,6 +19,7 @@ mod heal;
 mod lead;
 mod peer;
 mod port;
+mod scrub;
 mod session;
 
 use std::net::SocketAddr;

@@ -1,4 +1,5 @@
-//! What must be durable at once, in RocksDB: intents `[W7]`, missed regions `[W5]`, whether the last stop was clean `[E5]`.
+//! What must be durable at once, in RocksDB: intents `[W7]`, missed regions `[W5]`, what is corrupt `[R5]`, whether the last stop
+//! was clean `[E5]`, how far a scrub is.
 //!
 //! One thread takes all that waits, writes one batch, syncs once, and tells all. Removals ride along unsynced: forgetting one
 //! only means that something is repaired twice. Adds and removals keep their order.
@@ -18,14 +19,17 @@ const WORDS: usize = (CHUNK / 64) as usize;
 const INTENT: u8 = b'i';
 const MISSED: u8 = b'm';
 const CLEAN: &[u8] = b"clean";
+const SCRUB: &[u8] = b"scrub";
 
 /// Something to be made durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Record {
     /// An intent extent of a file.
     Intent(Ino, u64),
-    /// Regions of a file that a brick misses.
+    /// Regions of a file that a brick misses; with the brick's own number, those that are corrupt on it.
     Missed(BrickId, Ino, Range<u64>),
+    /// How far the scrub is.
+    Scrub(Vec<u8>),
 }
 
 /// Something to be forgotten.
@@ -50,6 +54,8 @@ pub struct Loaded {
     pub missed: Vec<(BrickId, Ino, Range<u64>)>,
     /// The last stop was clean.
     pub clean: bool,
+    /// How far the scrub is.
+    pub scrub: Option<Vec<u8>>,
 }
 
 enum Job {
@@ -76,7 +82,7 @@ impl Journal {
         options.set_write_buffer_size(8 << 20);
         options.set_recycle_log_file_num(2);
         let db = DB::open(&options, dir)?;
-        let mut loaded = Loaded { clean: db.get(CLEAN)?.is_some(), ..Loaded::default() };
+        let mut loaded = Loaded { clean: db.get(CLEAN)?.is_some(), scrub: db.get(SCRUB)?, ..Loaded::default() };
         let mut missed = HashMap::new();
         for row in db.iterator(IteratorMode::Start) {
             let (key, value) = row?;
@@ -196,6 +202,7 @@ impl Writer {
         match record {
             Record::Intent(ino, extent) => batch.put(key(INTENT, &[ino.0, extent]), []),
             Record::Missed(brick, ino, regions) => self.change(batch, brick, ino, regions, true),
+            Record::Scrub(place) => batch.put(SCRUB, place),
         }
     }
 

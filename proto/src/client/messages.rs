@@ -46,7 +46,7 @@ pub(super) fn request(id: u64, ino: Ino, request: &Request, sums: Bytes) -> data
             })
         }
         Body::Note { range, sized } => What::Note(data::Note { start: range.start, end: range.end, sized }),
-        Body::Report { range } => What::Report(data::Report { start: range.start, end: range.end }),
+        Body::Report { range } => What::Report(data::Report { start: range.start, end: range.end, compare: false }),
         Body::RepairList(x) => What::RepairList(data::RepairList { slot: u32::from(x.0) }),
         Body::ClearMissed { x, region } => What::ClearMissed(data::ClearMissed { slot: u32::from(x.0), region }),
     };

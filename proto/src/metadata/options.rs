@@ -12,10 +12,10 @@ pub const OWNER_GID: &str = "storage.owner-gid";
 pub enum Kind {
     /// A whole number, from and to.
     Number(u64, u64),
-    /// A time in milliseconds, from and to; written as `2s`, `500ms` or `1.5s`.
+    /// A time in milliseconds, from and to; written as `500ms`, `1.5s`, `2m`, `12h` or `30d`.
     Time(u64, u64),
-    /// `wait`, or a time in milliseconds, from and to.
-    WaitOrTime(u64, u64),
+    /// A word that stands for no time, or a time in milliseconds, from and to.
+    WordOrTime(&'static str, u64, u64),
     /// Bytes a second; written as `64M`; 0: no limit.
     Rate,
     /// Addresses and networks, separated by commas, or `*`.
@@ -81,7 +81,7 @@ pub const OPTIONS: &[VolumeOption] = &[
     },
     VolumeOption {
         key: "no-quorum",
-        kind: Kind::WaitOrTime(1_000, 86_400_000),
+        kind: Kind::WordOrTime("wait", 1_000, 86_400_000),
         default: "wait",
         meaning: "what I/O does when too few bricks are there: wait for ever, or fail with EIO after a time",
     },
@@ -90,6 +90,19 @@ pub const OPTIONS: &[VolumeOption] = &[
         kind: Kind::Rate,
         default: "0",
         meaning: "bytes a second that each client repairs at most; 0: no limit but what applications leave",
+    },
+    VolumeOption {
+        key: "scrub.rate",
+        kind: Kind::Rate,
+        default: "20M",
+        meaning: "bytes a second that each brick reads at most while it is scrubbed; 0 is no limit",
+    },
+    VolumeOption {
+        key: "scrub.interval",
+        kind: Kind::WordOrTime("never", 3_600_000, 365 * 86_400_000),
+        default: "30d",
+        meaning: "from the end of a scrub to the beginning of the next: all data is read and compared with its checksums and with \
+            the other bricks; never: only when it is told to",
     },
 ];
 
@@ -100,13 +113,13 @@ impl Kind {
         match self {
             Self::Number(from, to) => format!("{from}..{to}"),
             Self::Time(from, to) => format!("{}..{}", time_text(*from), time_text(*to)),
-            Self::WaitOrTime(from, to) => format!("wait, {}..{}", time_text(*from), time_text(*to)),
+            Self::WordOrTime(word, from, to) => format!("{word}, {}..{}", time_text(*from), time_text(*to)),
             Self::Rate => "0, 64K..100G".into(),
             Self::Addresses => "*, or addresses and a.b.c.d/n, separated by commas".into(),
         }
     }
 
-    /// The value as a number: of times, milliseconds (`wait` is 0); of addresses, 0.
+    /// The value as a number: of times, milliseconds (a word is 0); of addresses, 0.
     ///
     /// # Errors
     /// What is wrong with it, to follow the value in a sentence.
@@ -119,8 +132,8 @@ impl Kind {
         match *self {
             Self::Number(from, to) => within(text.parse().ok(), from, to),
             Self::Time(from, to) => within(time_ms(text), from, to),
-            Self::WaitOrTime(..) if text == "wait" => Ok(0),
-            Self::WaitOrTime(from, to) => within(time_ms(text), from, to),
+            Self::WordOrTime(word, ..) if text == word => Ok(0),
+            Self::WordOrTime(_, from, to) => within(time_ms(text), from, to),
             Self::Rate => match bytes(text) {
                 Some(0) => Ok(0),
                 number => within(number, 64 << 10, 100 << 30),
@@ -180,6 +193,10 @@ pub struct Options {
     pub no_quorum_ms: Option<u64>,
     /// `repair.rate`, in bytes a second; 0: no limit
     pub repair_rate: u64,
+    /// `scrub.rate`, in bytes a second; 0: no limit
+    pub scrub_rate: u64,
+    /// `scrub.interval`; `None`: never
+    pub scrub_interval_s: Option<u64>,
 }
 
 impl Options {
@@ -212,6 +229,8 @@ impl Options {
             session_ttl_ms: number("session-ttl"),
             no_quorum_ms: Some(number("no-quorum")).filter(|ms| *ms > 0),
             repair_rate: number("repair.rate"),
+            scrub_rate: number("scrub.rate"),
+            scrub_interval_s: Some(number("scrub.interval") / 1000).filter(|s| *s > 0),
         }
     }
 
@@ -249,25 +268,26 @@ fn network(text: &str) -> Option<Network> {
     (bits <= width).then_some(Network { address, bits })
 }
 
-/// `2s`, `1.5s`, `500ms`, `2` (seconds), in milliseconds.
+/// `2s`, `1.5s`, `500ms`, `2m`, `12h`, `30d`, `2` (seconds), in milliseconds.
 fn time_ms(text: &str) -> Option<u64> {
-    let (digits, unit) = match text.strip_suffix("ms") {
-        Some(digits) => (digits, 1),
-        None => match text.strip_suffix('m') {
-            Some(digits) => (digits, 60_000),
-            None => (text.strip_suffix('s').unwrap_or(text), 1_000),
-        },
-    };
+    const UNITS: [(&str, u64); 5] = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
+    let unit = UNITS.iter().find_map(|(name, ms)| text.strip_suffix(name).map(|digits| (digits, *ms)));
+    let (digits, unit) = unit.unwrap_or((text, 1_000));
     let (whole, fraction) = digits.trim().split_once('.').unwrap_or((digits.trim(), ""));
     if fraction.len() > 3 || !fraction.chars().all(|c| c.is_ascii_digit()) {
         return None;
     }
     let thousandths = format!("{fraction:0<3}").parse::<u64>().ok()?;
-    whole.parse::<u64>().ok()?.checked_mul(unit)?.checked_add(thousandths * unit / 1000)
+    whole.parse::<u64>().ok()?.checked_mul(unit)?.checked_add(thousandths * unit / 1_000)
 }
 
 fn time_text(ms: u64) -> String {
-    if ms.is_multiple_of(1000) { format!("{}s", ms / 1000) } else { format!("{ms}ms") }
+    match ms {
+        _ if ms.is_multiple_of(86_400_000) => format!("{}d", ms / 86_400_000),
+        _ if ms.is_multiple_of(3_600_000) => format!("{}h", ms / 3_600_000),
+        _ if ms.is_multiple_of(1_000) => format!("{}s", ms / 1_000),
+        _ => format!("{ms}ms"),
+    }
 }
 
 /// `64M`, `1G`, `4096`.
@@ -308,6 +328,7 @@ mod tests {
         }
         let defaults = Options::defaults();
         assert_eq!((defaults.io_timeout_ms, defaults.read_lease_ms, defaults.no_quorum_ms), (2000, 1000, None));
+        assert_eq!((defaults.scrub_rate, defaults.scrub_interval_s), (20 << 20, Some(30 * 86_400)));
     }
 
     #[test]
@@ -318,7 +339,10 @@ mod tests {
             ("io-timeout", "soon", "not of its type; it must be 200ms..120s"),
             ("storage.reserve", "51", "out of range; it must be 0..50"),
             ("auth.allow", "10.0.0.0/33", "\"10.0.0.0/33\" in it, which is no address"),
-            ("no-quorum", "never", "it must be wait, 1s..86400s"),
+            ("no-quorum", "never", "it must be wait, 1s..1d"),
+            ("scrub.interval", "59m", "out of range; it must be never, 1h..365d"),
+            ("scrub.interval", "wait", "not of its type; it must be never, 1h..365d"),
+            ("scrub.rate", "fast", "not of its type; it must be 0, 64K..100G"),
             ("repair.rate", "1K", "it must be 0, 64K..100G"),
         ] {
             let why = check(key, Some(value)).expect_err("refused");

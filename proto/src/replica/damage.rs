@@ -3,9 +3,10 @@
 
 use std::ops::Range;
 
-use super::Replica;
+use super::{Replica, Stamp};
+use crate::config::Slots;
 use crate::interval::IntervalSet;
-use crate::types::{Ino, SIZE_REGION};
+use crate::types::{ByteRange, Epoch, Ino, REGION_BYTES, SIZE_REGION, Seq, SessionId};
 
 /// Intervals of regions that are remembered, at most (I9).
 const MAX_DAMAGED: usize = 1 << 16;
@@ -78,6 +79,29 @@ impl Replica {
     pub fn lacking(&self) -> Vec<(Ino, IntervalSet)> {
         let lacks = |f: &super::File| f.plan.iter().chain(f.damaged.iter()).collect::<IntervalSet>();
         self.files.iter().map(|(ino, f)| (*ino, lacks(f))).filter(|(_, set)| !set.is_empty()).collect()
+    }
+
+    /// With what this brick, as one that is `InSync`, asks others for what they have of a file; and who is `InSync`. `None` when
+    /// its own start is not registered.
+    #[must_use]
+    pub fn source_stamp(&self, ino: Ino) -> Option<(Stamp, Slots)> {
+        let configuration = self.configuration.filter(|_| self.is_live() && !self.failed)?;
+        let epoch = self.files.get(&ino).map_or(Epoch(0), |f| f.epoch);
+        let (n, session) = (configuration.n, SessionId(0));
+        let stamp = Stamp { n, epoch, session, seq: Seq(0), stable: Seq(0), settled: false };
+        Some((stamp, configuration.in_sync()))
+    }
+
+    /// Nothing that changes this range, or the size, is running here or in doubt, nor is it known to be wrong.
+    #[must_use]
+    pub fn is_settled(&self, ino: Ino, range: ByteRange) -> bool {
+        self.files.get(&ino).is_none_or(|f| {
+            let regions = range.units(REGION_BYTES);
+            !f.running.iter().any(|r| r.mutates && (r.range.is_empty() || r.range.overlaps(&range)))
+                && !f.doubt.values().any(|d| d.sized || d.touches(&range))
+                && !f.damaged.iter().any(|d| d.start < regions.end && regions.start < d.end)
+                && !f.damaged.contains(SIZE_REGION)
+        })
     }
 
     /// What is damaged in a file and can be repaired, as far as is known.

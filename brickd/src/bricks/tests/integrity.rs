@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use mortar_proto::SIZE_REGION;
 use mortar_proto::config::{BrickState, Slot};
 use mortar_proto::metadata::Command;
-use mortar_proto::wire::cluster::Corruption;
+use mortar_proto::wire::cluster::{Corruption, ScrubAction, ScrubStatus};
 use mortar_proto::wire::data::{self, request::What, response::Outcome};
 use mortar_proto::{Ino, checksum};
 
@@ -34,7 +34,7 @@ fn sums(world: &World, slot: Slot, ino: Ino) -> PathBuf {
 /// Somebody read blocks of this brick that did not verify.
 fn report(holder: &mut Holder<'_>, slot: Slot, start: u64, end: u64) {
     let stamp = holder.stamp(0);
-    let report = What::Report(data::Report { start, end });
+    let report = What::Report(data::Report { start, end, compare: false });
     assert_eq!(holder.ask(slot, stamp, &report, &[]), Outcome::Done(data::Done::default()));
 }
 
@@ -101,6 +101,12 @@ fn what_is_corrupt_is_remembered_by_a_brick_that_is_killed_before_it_is_repaired
     let ino = world.create(session, "disk");
     let mut holder = Holder::new(&world, ino, session);
     holder.write(0, &[1; BLOCK]);
+    settle(&mut holder);
+    // It was written long ago, so nothing else makes C compare it.
+    for slot in Slot::ALL {
+        let brick = world.bricks.brick(world.brick(slot)).unwrap();
+        super::world::wait_for("intents to be cleared", || brick.replica.lock().intents().is_empty().then_some(()));
+    }
     flip(&world.data(C, ino), 9);
     report(&mut holder, C, 0, BLOCK as u64);
     drop(holder);
@@ -150,10 +156,7 @@ fn an_object_that_was_deleted_comes_back() {
     let ino = world.create(session, "disk");
     let mut holder = Holder::new(&world, ino, session);
     holder.write(0, &[6; 2 * BLOCK]);
-    let stable = data::Stamp { stable: 1, ..holder.stamp(0) };
-    for slot in Slot::ALL {
-        assert!(matches!(holder.ask(slot, stable, &What::Settle(data::Settle {}), &[]), Outcome::Done(_)));
-    }
+    settle(&mut holder);
     drop(holder);
     world.propose(Command::SessionEnd { session });
     // Stopped cleanly, so that nothing of it is compared after the start.
@@ -277,4 +280,168 @@ fn a_copy_of_what_is_in_doubt_is_refused_when_it_is_corrupt_at_its_source() {
     assert!(matches!(&answer, Outcome::Failed(f) if f.errno == libc::EBADMSG as u32 && !f.brick), "{answer:?}");
     assert_eq!(std::fs::read(world.data(C, ino)).unwrap(), [1; BLOCK]);
     assert_eq!(lacks(&world, A, ino), Some((1, false, false)), "the source knows");
+}
+
+fn scrub(world: &World, slot: Slot, action: ScrubAction) -> ScrubStatus {
+    world.bricks.scrub(world.brick(slot), action).unwrap()
+}
+
+/// Scrubs a brick from one end to the other.
+fn scrubbed(world: &World, slot: Slot) -> ScrubStatus {
+    scrub(world, slot, ScrubAction::Start);
+    super::world::wait_for("the end of a scrub", || {
+        Some(scrub(world, slot, ScrubAction::Status)).filter(|status| !status.running)
+    })
+}
+
+/// Tells all bricks that everything so far is stable.
+fn settle(holder: &mut Holder<'_>) {
+    let stable = data::Stamp { stable: holder.seq, ..holder.stamp(0) };
+    for slot in Slot::ALL {
+        assert!(matches!(holder.ask(slot, stable, &What::Settle(data::Settle {}), &[]), Outcome::Done(_)));
+    }
+}
+
+#[test]
+fn a_scrub_finds_what_nobody_reads_and_nothing_where_all_is_well() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path());
+    world.wait_for_states(IN_SYNC);
+    let session = world.session();
+    let (ino, other) = (world.create(session, "disk"), world.create(session, "other"));
+    let mut holder = Holder::new(&world, ino, session);
+    holder.write(0, &[7; 3 * BLOCK]);
+    holder.write(70 << 20, &[8; 100]);
+    settle(&mut holder);
+    let mut second = Holder::new(&world, other, session);
+    second.write(2 << 20, &[9; 100]);
+    let status = scrubbed(&world, B);
+    assert_eq!((status.found, status.undecided, lacks(&world, B, ino)), (0, 0, None));
+    assert!(status.ended_s > 0 && status.total_bytes > 0 && status.looked_bytes > 0, "{status:?}");
+
+    flip(&world.data(B, ino), (70 << 20) + 5);
+    flip(&sums(&world, B, other), 8 * 512);
+    let status = scrubbed(&world, B);
+    assert_eq!(status.found, 2, "{status:?}");
+    assert_eq!((lacks(&world, B, ino), lacks(&world, B, other)), (Some((1, false, false)), Some((1, false, false))));
+    assert_eq!(holder.repair(B), [70]);
+    assert_eq!(second.repair(B), [2]);
+    assert_eq!(corruption(&world, B), Corruption { found: 2, repaired: 2, left: 0 });
+    same_everywhere(&world, ino);
+    assert_eq!(scrubbed(&world, B).found, 0);
+}
+
+#[test]
+fn a_brick_that_differs_from_two_that_agree_is_repaired_whichever_brick_is_scrubbed() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path());
+    world.wait_for_states(IN_SYNC);
+    let ino = world.create(world.session(), "disk");
+    let mut holder = Holder::new(&world, ino, world.session());
+    holder.write(0, &[1; 4 * BLOCK]);
+    settle(&mut holder);
+    // Everything matches its checksums, and yet B has something else: writes that the disk lost, or put elsewhere.
+    let brick = world.bricks.brick(world.brick(B)).unwrap();
+    for scrubs in [B, A] {
+        brick.objects.write(ino, BLOCK as u64, &[2; BLOCK], &[]).unwrap();
+        brick.objects.put(ino, mortar_proto::ByteRange::at(2 * BLOCK as u64, BLOCK as u64), None).unwrap();
+        scrubbed(&world, scrubs);
+        super::world::wait_for("the brick to know", || lacks(&world, B, ino));
+        assert_eq!(holder.repair(B), [0], "scrubbed {scrubs:?}");
+        assert_eq!(same_everywhere(&world, ino), [1; 4 * BLOCK]);
+        assert_eq!((lacks(&world, A, ino), lacks(&world, C, ino)), (None, None));
+    }
+    assert_eq!(corruption(&world, B), Corruption { found: 4, repaired: 4, left: 0 });
+    // The size.
+    for size in [BLOCK as u64 + 5, 5 * BLOCK as u64] {
+        brick.objects.truncate(ino, size).unwrap();
+        scrubbed(&world, B);
+        super::world::wait_for("the brick to know", || lacks(&world, B, ino).filter(|(_, size, _)| *size));
+        let stat = world.connect(B, world.session()).ask(ino, data::Stamp::default(), What::Stat(data::Stat {}), &[]).0;
+        assert_eq!(stat, Outcome::Behind(data::Behind {}), "it tells a wrong size");
+        assert_eq!(holder.repair(B), [0, SIZE_REGION]);
+        assert_eq!(same_everywhere(&world, ino), [1; 4 * BLOCK]);
+    }
+}
+
+#[test]
+fn where_two_bricks_differ_and_there_is_no_third_nothing_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path());
+    world.wait_for_states(IN_SYNC);
+    let ino = world.create(world.session(), "disk");
+    let mut holder = Holder::new(&world, ino, world.session());
+    holder.write(0, &[1; 4 * BLOCK]);
+    settle(&mut holder);
+    put_out(&world, C);
+    let brick = world.bricks.brick(world.brick(B)).unwrap();
+    brick.objects.write(ino, BLOCK as u64, &[2; BLOCK], &[]).unwrap();
+    for slot in [A, B] {
+        let status = scrubbed(&world, slot);
+        assert_eq!((status.found, status.undecided), (0, 1), "{slot:?}");
+        assert_eq!(lacks(&world, slot, ino), None);
+    }
+    assert_eq!(std::fs::read(world.data(B, ino)).unwrap()[BLOCK..2 * BLOCK], [2; BLOCK]);
+}
+
+#[test]
+fn what_is_in_doubt_is_no_difference() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path());
+    world.wait_for_states(IN_SYNC);
+    let ino = world.create(world.session(), "disk");
+    let mut holder = Holder::new(&world, ino, world.session());
+    holder.write(0, &[1; BLOCK]);
+    settle(&mut holder);
+    // It has reached one brick, and is on its way to the others.
+    holder.seq += 1;
+    let write = What::Write(data::Write { offset: 0, sums: Default::default() });
+    let stamp = holder.stamp(holder.seq);
+    assert!(matches!(holder.ask(A, stamp, &write, &[9; BLOCK]), Outcome::Done(_)));
+    for slot in [A, B] {
+        let status = scrubbed(&world, slot);
+        assert_eq!((status.found, status.undecided), (0, 0), "{slot:?}");
+    }
+    assert!(Slot::ALL.iter().all(|slot| lacks(&world, *slot, ino).is_none()));
+}
+
+#[test]
+fn a_scrub_keeps_its_rate_is_stopped_and_goes_on_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path());
+    world.wait_for_states(IN_SYNC);
+    let rate = |world: &World, rate: &str| {
+        let (key, value) = ("scrub.rate".to_owned(), Some(rate.to_owned()));
+        world.propose(Command::VolumeSet { name: "v".into(), key, value });
+    };
+    rate(&world, "4M");
+    let session = world.session();
+    let ino = world.create(session, "disk");
+    let mut holder = Holder::new(&world, ino, session);
+    for region in 0..4 {
+        holder.write(region << 20, &[7; 1 << 20]);
+    }
+    settle(&mut holder);
+    drop(holder);
+    world.propose(Command::SessionEnd { session });
+    let began = std::time::Instant::now();
+    scrub(&world, B, ScrubAction::Start);
+    let looked = |world: &World, least: u64| {
+        super::world::wait_for("a region", || {
+            Some(scrub(world, B, ScrubAction::Status)).filter(|s| s.looked_bytes >= least)
+        })
+    };
+    looked(&world, 2 << 20);
+    // The second region came no sooner than the rate allows after the first.
+    assert!(began.elapsed() >= std::time::Duration::from_millis(250), "{:?}", began.elapsed());
+    let stopped = scrub(&world, B, ScrubAction::Stop);
+    assert!(stopped.stopped && !stopped.running && stopped.looked_bytes < 4 << 20, "{stopped:?}");
+    world.kill();
+    let world = World::start(dir.path());
+    super::world::wait_for("the brick", || world.bricks.brick(world.brick(B)));
+    let status = scrub(&world, B, ScrubAction::Status);
+    assert_eq!((status.stopped, status.looked_bytes), (true, stopped.looked_bytes));
+    rate(&world, "0");
+    let status = scrubbed(&world, B);
+    assert_eq!((status.looked_bytes, status.total_bytes), (4 << 20, stopped.total_bytes), "{status:?}");
 }

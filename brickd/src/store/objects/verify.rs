@@ -4,7 +4,10 @@
 //! a wrong one again. What is noticed by the way is remembered for whoever repairs.
 
 use std::collections::BTreeSet;
+use std::fs::{File, OpenOptions};
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 
 use mortar_proto::checksum::{self, HOLE, Sum};
 use mortar_proto::interval::IntervalSet;
@@ -54,6 +57,77 @@ impl Objects {
             at = piece.end;
         }
         Ok(found)
+    }
+
+    /// As [`Objects::unsound`], of a range of at most a region, read from the disk itself whatever the page cache has; and the
+    /// bytes that were read. What is corrupt there is taken out of the page cache, so that everybody sees it.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn unsound_on_disk(&self, ino: Ino, range: ByteRange) -> Result<(Vec<u64>, u64)> {
+        let Some(object) = self.object(ino, false)? else { return Ok((Vec::new(), 0)) };
+        let _held = object.shared(range);
+        let piece = ByteRange { start: range.start, end: range.end.min(object.end()?) };
+        if piece.is_empty() {
+            return Ok((Vec::new(), 0));
+        }
+        let mut buffer = vec![0; (range.len() + BLOCK_BYTES) as usize];
+        let skip = buffer.as_ptr().align_offset(BLOCK);
+        let Some(aligned) = buffer.get_mut(skip..skip + range.len() as usize) else { return Ok((Vec::new(), 0)) };
+        let path = self.data_path(ino);
+        let direct = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(&path);
+        let read = match direct.as_ref().map(|file| (file, is_same(file, &object.data))) {
+            Ok((file, true)) => read_direct(file, aligned, piece.start),
+            // A file system that cannot, or an object whose name leads elsewhere now: what is open counts.
+            _ => read_all(&object.data, aligned, piece.start),
+        };
+        match read {
+            Err(e) if e.errno() == libc::EINVAL => read_all(&object.data, aligned, piece.start)?,
+            read => read?,
+        }
+        let size = object.size()?.clamp(piece.start, piece.end);
+        let data = aligned.get(..(size - piece.start) as usize).unwrap_or_default();
+        let blocks = object.unsound_of(piece, data)?;
+        if !blocks.is_empty() {
+            let length = std::num::NonZeroU64::new(range.len());
+            // If it stays there, it is found again when it has gone.
+            let _ = rustix::fs::fadvise(&object.data, range.start, length, rustix::fs::Advice::DontNeed);
+        }
+        Ok((blocks, piece.len()))
+    }
+
+    /// The first byte from `offset` on of a block that has data or a sum.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn next_used(&self, ino: Ino, offset: u64) -> Result<Option<u64>> {
+        let Some(object) = self.object(ino, false)? else { return Ok(None) };
+        let data = object.seek(offset, false)?;
+        let sums = match rustix::fs::seek(&object.sums, rustix::fs::SeekFrom::Data(offset / BLOCK_BYTES * SUM as u64)) {
+            Ok(at) => Some((at / SUM as u64 * BLOCK_BYTES).max(offset)),
+            Err(rustix::io::Errno::NXIO) => None,
+            Err(e) => return Err(StoreError::new("seeking in sums", e)),
+        };
+        Ok(data.into_iter().chain(sums).min())
+    }
+
+    /// The name of an object that is open is gone, or leads to something else: gives it its name back if it is gone and another
+    /// name (that of the volume's tree) still keeps it. Tells whether it is as it should be now.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn keep_name(&self, ino: Ino) -> Result<bool> {
+        let Some(object) = self.object(ino, false)? else { return Ok(true) };
+        let path = self.data_path(ino);
+        match File::open(&path) {
+            Ok(found) => Ok(is_same(&found, &object.data)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                let open = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&object.data));
+                let follow = rustix::fs::AtFlags::SYMLINK_FOLLOW;
+                Ok(rustix::fs::linkat(rustix::fs::CWD, open, rustix::fs::CWD, &path, follow).is_ok())
+            }
+            Err(e) => Err(StoreError::new(format!("looking for {}", path.display()), e)),
+        }
     }
 
     /// Regions that the file had data in and that lie past its end now: it was cut off, or its data made anew, behind our back.
@@ -117,15 +191,20 @@ impl Object {
 
     /// Of a piece of at most a region, held by the caller.
     fn unsound(&self, piece: ByteRange) -> Result<Vec<u64>> {
-        let first = piece.start / BLOCK_BYTES;
-        let count = (piece.len() / BLOCK_BYTES + u64::from(!piece.len().is_multiple_of(BLOCK_BYTES))) as usize;
-        let got = (self.size()?.clamp(piece.start, piece.start + (count * BLOCK) as u64) - piece.start) as usize;
+        let got = (self.size()?.clamp(piece.start, piece.end) - piece.start) as usize;
         let mut data = vec![0; got];
         read_all(&self.data, &mut data, piece.start)?;
+        self.unsound_of(piece, &data)
+    }
+
+    /// Of a piece of which this is the data, as far as there is any.
+    fn unsound_of(&self, piece: ByteRange, data: &[u8]) -> Result<Vec<u64>> {
+        let first = piece.start / BLOCK_BYTES;
+        let count = piece.to_blocks().len() as usize / BLOCK;
         let sums = self.sums_of(first, count)?;
         let is_unsound = |index: &usize| {
             let sum = sum_at(&sums, *index);
-            match data.get(index * BLOCK..got.min((index + 1) * BLOCK)) {
+            match data.get(index * BLOCK..data.len().min((index + 1) * BLOCK)) {
                 Some(block) if !block.is_empty() => !checksum::matches(block, sum),
                 _ => sum != HOLE,
             }
@@ -181,7 +260,34 @@ impl Object {
     }
 }
 
-/// Blocks as ranges of bytes.
+/// Both are open on the same file.
+fn is_same(a: &File, b: &File) -> bool {
+    match (a.metadata(), b.metadata()) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+/// Reads whole blocks past the page cache, as far as the file goes.
+fn read_direct(file: &File, buffer: &mut [u8], at: u64) -> Result<()> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], at + done as u64) {
+            Ok(read) => {
+                done += read;
+                // Less than whole blocks come only at the end.
+                if read == 0 || !read.is_multiple_of(BLOCK) {
+                    return Ok(());
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(StoreError::new("reading past the page cache", e)),
+        }
+    }
+    Ok(())
+}
+
+/// The regions that blocks are in.
 #[must_use]
 pub fn regions_of(blocks: &[u64]) -> IntervalSet {
     let region = |block: &u64| block * BLOCK_BYTES / REGION_BYTES;
