@@ -1,7 +1,7 @@
 # The few things people type. The target directory is outside the clone, so that RocksDB is compiled once per machine.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/mortar/target
 
-.PHONY: help build demo test bench sim
+.PHONY: help build demo test bench sim bite
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -21,3 +21,6 @@ bench:           ## speed, beside the local XFS and a FUSE file system that does
 SEEDS ?= 10000
 sim:             ## many simulations: make sim SEEDS=100000
 	tests/prepare.sh build && MORTAR_SIM_SEEDS=$(SEEDS) cargo test -p mortar-tests --test sim -- --nocapture
+
+bite:            ## leaves each rule of the protocol out: which seeds notice? make bite SEEDS=1000
+	tests/prepare.sh build && MORTAR_BITE_SEEDS=$(SEEDS) cargo test --workspace --features mortar-tests/leave-out --test bite -- --nocapture

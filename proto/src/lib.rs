@@ -18,6 +18,7 @@
 pub mod config;
 pub mod coordinator;
 pub mod interval;
+pub mod left_out;
 pub mod metadata;
 pub mod replica;
 pub mod scrub;

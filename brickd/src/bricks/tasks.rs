@@ -181,6 +181,10 @@ fn clear_intents(brick: &Brick) {
             return brick.fail(&e.to_string());
         }
         let mut replica = brick.replica.lock();
+        // The kernel tells of what it could not write once: to another flush, it may be, than this one [W8].
+        if replica.has_failed() {
+            return;
+        }
         let cleared = replica.clear_intents(ino, &extents, began);
         // Under the lock, so that an intent that is made anew is recorded after its removal.
         brick.journal.remove(cleared.into_iter().map(|e| Removal::Intent(ino, e)).collect());

@@ -36,6 +36,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::config::{Configuration, Slot, Slots};
 use crate::interval::IntervalSet;
+use crate::left_out::{Rule, left_out};
 use crate::replica::Doubt;
 use crate::types::{ByteRange, ConfigNo, Epoch, Ino, Seq};
 
@@ -507,6 +508,9 @@ impl Coordinator {
             Event::Granted { epoch, recover, foreign } => self.granted(epoch, recover, foreign, now_ms, effects),
             Event::Configured(configuration) => self.configured(configuration, now_ms, effects),
             Event::Recalled(epoch) => {
+                if left_out(Rule::W1Recall) {
+                    return;
+                }
                 if epoch == self.epoch && !matches!(self.phase, Phase::Idle | Phase::Acquiring) {
                     self.release_wanted = true;
                 } else if epoch > self.epoch {
@@ -650,11 +654,17 @@ impl Coordinator {
         self.unlinked_ms = [None; 3];
         self.repairs = [None, None, None];
         self.waiting.retain(|w| !matches!(w, Waiting::Repair { .. }));
-        self.outstanding.retain(|_, o| matches!(o.job, requests::Job::Read(_)));
+        self.outstanding.retain(|_, o| {
+            matches!(o.job, requests::Job::Read(_))
+                || left_out(Rule::W4Again) && matches!(o.job, requests::Job::Mutation(_))
+        });
         self.doubted = self.doubted.and(configuration.in_sync());
         self.unsound.clear();
         self.reassign_reads(now_ms, effects);
         match &self.phase {
+            Phase::Fencing { .. } | Phase::Recovering(_) if left_out(Rule::W2Restart) => {
+                self.carry_on(now_ms, effects);
+            }
             // [W2] starts again from the Fence.
             Phase::Fencing { recover, .. } => {
                 let recover = *recover;
@@ -668,6 +678,9 @@ impl Coordinator {
 
     /// [E7] Something that was acknowledged and never flushed may be gone.
     fn has_lost(&self) -> bool {
+        if left_out(Rule::E7Told) {
+            return false;
+        }
         let flushing = self.flushes.iter().filter_map(|f| f.unflushed).min();
         oldest(self.unflushed, flushing).is_some_and(|n| n < self.configuration.unflushed_lost)
     }
@@ -709,7 +722,9 @@ impl Coordinator {
 
     /// Everything up to here is acknowledged by every writable brick, or failed on all and settled.
     fn stable(&self) -> Seq {
-        let mutations = self.mutations.keys().next().copied();
+        let open =
+            |m: &mutate::InFlight| !left_out(Rule::W6Stable) || !m.is_acknowledged_by(self.configuration.in_sync());
+        let mutations = self.mutations.iter().find(|(_, m)| open(m)).map(|(seq, _)| *seq);
         let pulls = self.repairs.iter().flatten().filter_map(repair::Repair::lowest_seq).min();
         match (mutations, pulls) {
             (None, None) => Seq(self.next_seq.0 - 1),

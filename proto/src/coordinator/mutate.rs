@@ -3,6 +3,7 @@
 use super::requests::Job;
 use super::{Body, Completion, Coordinator, Effect, MAX_IN_FLIGHT, Mutation, OpId, Phase, Waiting};
 use crate::config::{Slot, Slots};
+use crate::left_out::{Rule, left_out};
 use crate::types::{ByteRange, ConfigNo, Seq};
 
 /// How long after a brick has failed a mutation that others have applied it is asked again.
@@ -22,6 +23,12 @@ pub(super) struct InFlight {
     failed_ms: u64,
     /// The application has its answer already.
     pub(super) answered: bool,
+}
+
+impl InFlight {
+    pub(super) fn is_acknowledged_by(&self, bricks: Slots) -> bool {
+        self.acknowledged.covers(bricks)
+    }
 }
 
 /// A flush under way.
@@ -80,7 +87,8 @@ impl Coordinator {
             match waiting {
                 Waiting::Mutation { op, mutation, since_ms } => {
                     let range = mutation.busy_range();
-                    let free = may_mutate && in_flight < MAX_IN_FLIGHT && !busy.iter().any(|b| b.overlaps(&range));
+                    let taken = busy.iter().any(|b| b.overlaps(&range)) && !left_out(Rule::W3Busy);
+                    let free = may_mutate && in_flight < MAX_IN_FLIGHT && !taken;
                     busy.push(range);
                     if free {
                         self.waiting.remove(index);
@@ -91,7 +99,7 @@ impl Coordinator {
                     }
                 }
                 Waiting::Read { op, range, .. } => {
-                    if !changing.iter().any(|b| b.overlaps(&range.to_blocks())) {
+                    if !changing.iter().any(|b| b.overlaps(&range.to_blocks())) || left_out(Rule::R3) {
                         self.waiting.remove(index);
                         self.start_read(op, Body::Read(range), now_ms, effects);
                         continue;
@@ -99,7 +107,8 @@ impl Coordinator {
                 }
                 Waiting::Repair { x, region } => {
                     let range = super::repair::range_of(region);
-                    let free = matches!(self.phase, Phase::Holding) && !busy.iter().any(|b| b.overlaps(&range));
+                    let taken = busy.iter().any(|b| b.overlaps(&range)) && !left_out(Rule::S2Busy);
+                    let free = matches!(self.phase, Phase::Holding) && !taken;
                     busy.push(range);
                     if free {
                         self.waiting.remove(index);
@@ -148,7 +157,9 @@ impl Coordinator {
         let Some(m) = self.mutations.get_mut(&seq) else { return };
         m.acknowledged.insert(slot);
         // [W3] Every InSync and every Syncing brick has applied it, and they are at least two.
-        if m.acknowledged.covers(writable) && writable.count() >= 2 {
+        let waited_for = if left_out(Rule::W3Syncing) { self.configuration.in_sync() } else { writable };
+        let all = m.acknowledged.covers(waited_for) || left_out(Rule::W3OneAnswer);
+        if all && (writable.count() >= 2 || left_out(Rule::W3Two)) {
             let (op, answered) = (m.op, m.answered);
             self.mutations.remove(&seq);
             if !answered {
@@ -251,8 +262,9 @@ impl Coordinator {
             flush.unflushed = super::oldest(flush.unflushed, self.unflushed.take());
             numbers.push(flush.number);
         }
+        let left = if left_out(Rule::W8Syncing) { self.configuration.syncing() } else { Slots::NONE };
         for number in numbers {
-            for slot in self.configuration.writable().iter() {
+            for slot in self.configuration.writable().minus(left).iter() {
                 self.send(slot, Job::Flush(number), Body::Flush, Seq(0), now_ms, effects);
             }
         }
@@ -262,7 +274,8 @@ impl Coordinator {
         let writable = self.configuration.writable();
         let Some(at) = self.flushes.iter().position(|f| f.number == number) else { return };
         self.flushes[at].done.insert(slot);
-        if !self.flushes[at].done.covers(writable) {
+        let left = if left_out(Rule::W8Syncing) { self.configuration.syncing() } else { Slots::NONE };
+        if !self.flushes[at].done.covers(writable.minus(left)) && !left_out(Rule::W8OneAnswer) {
             return;
         }
         let flush = self.flushes.remove(at);
@@ -278,9 +291,16 @@ impl Coordinator {
     /// [W4] Under a new configuration everything that is not acknowledged is sent again, to the bricks that remain; those
     /// that applied it already only do their bookkeeping.
     pub(super) fn resend_all(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        if left_out(Rule::W4Again) {
+            let acknowledged: Vec<_> = self.mutations.iter().map(|(seq, m)| (*seq, m.acknowledged)).collect();
+            for (seq, slot) in acknowledged.iter().filter_map(|(seq, a)| Some((*seq, a.iter().next()?))) {
+                self.mutation_acknowledged(seq, slot, now_ms, effects);
+            }
+        }
         let again: Vec<(Seq, OpId, Mutation)> = self
             .mutations
             .iter_mut()
+            .filter(|_| !left_out(Rule::W4Again))
             .map(|(seq, m)| {
                 m.acknowledged = Slots::NONE;
                 m.failed = Slots::NONE;
@@ -306,11 +326,15 @@ impl Coordinator {
     /// [W1] When the lease is wanted back: nothing new starts, what is in flight finishes, what was written is flushed and
     /// settled, then it is released.
     pub(super) fn advance_release(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        if self.release_wanted && left_out(Rule::W1Unsettled) && matches!(self.phase, Phase::Fencing { .. }) {
+            return self.release(effects);
+        }
         if !self.release_wanted || !matches!(self.phase, Phase::Holding) {
             return;
         }
         let repairing = self.repairs.iter().flatten().any(super::repair::Repair::is_pulling);
-        if !self.mutations.is_empty() || repairing || self.flushes.iter().any(|f| f.op.is_some()) {
+        let mutating = !self.mutations.is_empty() && !left_out(Rule::W1InFlight);
+        if mutating || repairing || self.flushes.iter().any(|f| f.op.is_some()) {
             return;
         }
         match self.releasing {

@@ -5,6 +5,7 @@ use super::requests::Job;
 use super::{Answer, Body, Completion, Coordinator, Effect, OpId};
 use crate::config::{Slot, Slots};
 use crate::interval::IntervalSet;
+use crate::left_out::{Rule, left_out};
 use crate::types::{BLOCK_BYTES, ByteRange, REPLICAS, Seq};
 
 /// How long a read that no brick could answer waits before it goes round again `[E3]`.
@@ -55,6 +56,9 @@ impl Coordinator {
     /// has cached serves again.
     fn ask_next(&mut self, op: OpId, now_ms: u64, effects: &mut Vec<Effect>) {
         let Some(reading) = self.reads.get_mut(&op) else { return };
+        if left_out(Rule::R4) && !reading.tried.is_empty() {
+            return;
+        }
         let left = self.configuration.in_sync().minus(reading.tried).and(self.links);
         let first = (self.ino.0 % 3) as u8;
         let next = (0..3).map(|i| Slot((first + i) % 3)).find(|slot| left.has(*slot));

@@ -3,6 +3,7 @@
 use super::requests::{AUDIT_MS, Job};
 use super::{Body, Coordinator, Effect, Phase};
 use crate::config::{Configuration, Slot, Slots};
+use crate::left_out::{Rule, left_out};
 use crate::replica::Doubt;
 use crate::types::{BLOCK_BYTES, ByteRange, Epoch, MAX_IO_BYTES, Seq};
 
@@ -35,6 +36,22 @@ impl Coordinator {
         self.phase =
             Phase::Fencing { recover, fenced: Slots::NONE, lists: [Vec::new(), Vec::new(), Vec::new()], sizes: [0; 3] };
         for slot in self.configuration.writable().iter() {
+            self.send(slot, Job::Fence, Body::Fence, Seq(0), now_ms, effects);
+        }
+    }
+
+    /// What is wrong: goes on with what was gathered before `n` changed.
+    pub(super) fn carry_on(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {
+        let mut unasked = Slots::NONE;
+        match &mut self.phase {
+            Phase::Fencing { fenced, .. } => unasked = self.configuration.writable().minus(*fenced),
+            Phase::Recovering(recovery) => {
+                recovery.next = recovery.left.iter().take_while(|left| left.is_empty()).count();
+                recovery.left.truncate(recovery.next);
+            }
+            _ => {}
+        }
+        for slot in unasked.iter() {
             self.send(slot, Job::Fence, Body::Fence, Seq(0), now_ms, effects);
         }
     }
@@ -80,10 +97,11 @@ impl Coordinator {
         }
         if let Phase::Fencing { recover, fenced, lists, sizes } = &self.phase {
             // [W2] Every InSync and Syncing brick has answered.
-            if !fenced.covers(self.configuration.writable()) {
+            if !fenced.covers(self.configuration.writable()) && !left_out(Rule::W2Fence) {
                 return;
             }
-            let items = if *recover { items(&self.configuration, lists, sizes, &self.unsound) } else { Vec::new() };
+            let recover = *recover && !left_out(Rule::W2Recover);
+            let items = if recover { items(&self.configuration, lists, sizes, &self.unsound) } else { Vec::new() };
             self.phase = Phase::Recovering(Recovery { items, next: 0, left: Vec::new(), spoiled: false });
         }
         loop {
@@ -116,7 +134,8 @@ impl Coordinator {
             };
             let index = recovery.next;
             recovery.next += 1;
-            let writable = self.configuration.writable();
+            let left = if left_out(Rule::W2Targets) { self.configuration.syncing() } else { Slots::NONE };
+            let writable = self.configuration.writable().minus(left);
             recovery.left.push(writable);
             for slot in writable.iter() {
                 let (body, seq) = if slot == item.source {
@@ -153,17 +172,18 @@ fn items(
         if sound.is_empty() { in_sync } else { sound }
     };
     let end = configuration.writable().iter().map(|s| sizes[s.index()]).max().unwrap_or(0);
+    let asked = if left_out(Rule::W2SyncingLists) { in_sync } else { configuration.writable() };
     let listed: Vec<(Slot, Doubt)> =
-        configuration.writable().iter().flat_map(|slot| lists[slot.index()].iter().map(move |d| (slot, *d))).collect();
+        asked.iter().flat_map(|slot| lists[slot.index()].iter().map(move |d| (slot, *d))).collect();
     // The highest numbers among those that `wanted` picks, and who takes part as source.
     let choose = |from: Slots, wanted: &dyn Fn(&Doubt) -> bool| -> Option<(Slot, (Epoch, Seq))> {
         let any = from.iter().next()?;
         let highest = |of: &dyn Fn(Slot) -> bool| {
-            listed
-                .iter()
-                .filter(|(s, d)| of(*s) && wanted(d))
-                .map(|(s, d)| ((d.epoch, d.seq), *s))
-                .max_by_key(|(key, s)| (*key, core::cmp::Reverse(s.0)))
+            let all = listed.iter().filter(|(s, d)| of(*s) && wanted(d)).map(|(s, d)| ((d.epoch, d.seq), *s));
+            if left_out(Rule::W2Highest) {
+                return all.min_by_key(|(key, s)| (*key, s.0));
+            }
+            all.max_by_key(|(key, s)| (*key, core::cmp::Reverse(s.0)))
         };
         match highest(&|s| from.has(s)) {
             Some((key, slot)) => Some((slot, key)),

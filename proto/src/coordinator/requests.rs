@@ -2,6 +2,7 @@
 
 use super::{Answer, Body, Completion, Coordinator, Effect, OpId, Phase, Request, RequestId, Waiting};
 use crate::config::Slot;
+use crate::left_out::{Rule, left_out};
 use crate::types::Seq;
 
 /// How long a request that a brick was not ready for waits before it is sent again.
@@ -234,7 +235,8 @@ impl Coordinator {
         }
         self.retry_failed(now_ms, effects);
         self.hedge_reads(now_ms, effects);
-        if let Some(limit) = self.timeouts.no_quorum_ms {
+        let impatient = left_out(Rule::E3).then_some(self.timeouts.io_timeout_ms);
+        if let Some(limit) = self.timeouts.no_quorum_ms.or(impatient) {
             self.give_up(limit, now_ms, effects);
         }
         if matches!(self.phase, Phase::Holding)

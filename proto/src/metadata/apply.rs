@@ -10,6 +10,7 @@ use super::state::{
     State, Volume,
 };
 use crate::config::{BrickState, Configuration, Member};
+use crate::left_out::{Rule, left_out};
 use crate::types::{
     BootId, BrickId, ClusterId, ConfigNo, Epoch, Incarnation, Ino, LogIndex, SessionId, SetId, VolumeId,
 };
@@ -373,7 +374,7 @@ impl State {
             {
                 // What it had in flight is anybody's guess: the next grant recovers [W2].
                 lease.holder = None;
-                lease.unsettled = true;
+                lease.unsettled = !left_out(Rule::W1Lapsed);
                 let epoch = lease.epoch;
                 effects.push(Effect::Leased { set, ino, epoch, holder: SessionId(0) });
             }

@@ -4,6 +4,7 @@
 use super::command::{Effect, Outcome, Registration};
 use super::state::State;
 use crate::config::{BrickState, Slot};
+use crate::left_out::{Rule, left_out};
 use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
 
 /// Cold starts that are remembered per set.
@@ -27,7 +28,7 @@ impl State {
         }
         next.n = n.next();
         // I8, whatever was proposed.
-        if next.in_sync().is_empty() {
+        if next.in_sync().is_empty() && !left_out(Rule::E2Last) {
             return Outcome::Superseded;
         }
         row.configuration = next;
@@ -65,7 +66,7 @@ impl State {
             // The last InSync brick comes back by a cold start only [E6].
             return Outcome::Superseded;
         }
-        self.change(set, configuration.n, effects, |next| {
+        let outcome = self.change(set, configuration.n, effects, |next| {
             let since = next.n.next();
             let member = &mut next.members[slot.index()];
             member.incarnation = registration.incarnation;
@@ -76,7 +77,21 @@ impl State {
                 member.syncing_since = since;
             }
             true
-        })
+        });
+        if left_out(Rule::E5Number) && member.state == BrickState::Syncing {
+            return self.same_number(set, configuration.n, effects);
+        }
+        outcome
+    }
+
+    /// What is wrong: a change that makes no new `n`.
+    fn same_number(&mut self, set: SetId, n: ConfigNo, effects: &mut [Effect]) -> Outcome {
+        let Some(row) = self.sets.get_mut(&set) else { return Outcome::Superseded };
+        row.configuration.n = n;
+        if let Some(Effect::Configured { configuration, .. }) = effects.last_mut() {
+            configuration.n = n;
+        }
+        Outcome::Configuration(row.configuration)
     }
 
     /// [E6]
@@ -95,7 +110,9 @@ impl State {
             }
             let since = next.n.next();
             // [E7] Where the kernel did not restart, or all was flushed, the source holds everything acknowledged.
-            if !taken.clean && taken.boot != next.members[source.index()].boot {
+            let kept = |s: &Slot| registered[s.index()].is_some_and(|r| r.boot == next.members[s.index()].boot);
+            let excused = left_out(Rule::E7Source) && next.in_sync().iter().any(|s| kept(&s));
+            if !taken.clean && !kept(&source) && !excused {
                 next.unflushed_lost = since;
             }
             for slot in Slot::ALL {
@@ -135,7 +152,7 @@ impl State {
             }
             next.members[slot.index()].state = BrickState::Out;
             let stays = next.in_sync().iter().any(|s| next.members[s.index()].incarnation != Incarnation(0));
-            stays && next.writable().count() >= 2
+            stays && next.writable().count() >= 2 || left_out(Rule::E2Last)
         })
     }
 

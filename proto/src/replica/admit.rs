@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{File, Replica, Running, drop_count};
 use crate::config::{BrickState, Slot, Slots};
+use crate::left_out::{Rule, left_out};
 use crate::types::{ByteRange, ConfigNo, EXTENT_BYTES, Epoch, Ino, REGION_BYTES, SIZE_REGION, Seq, SessionId};
 
 /// The numbers that a request is made under.
@@ -112,10 +113,10 @@ impl Replica {
         let file_epoch = self.files.get(&ino).map_or(Epoch(0), |f| f.epoch);
         let stale = Admission::Refused(Refusal::Stale { n: configuration.n, epoch: file_epoch });
         // [F1] Older numbers are refused, newer ones are waited for.
-        if stamp.n < configuration.n || stamp.epoch < file_epoch {
+        if (stamp.n < configuration.n || stamp.epoch < file_epoch) && !left_out(Rule::F1Older) {
             return stale;
         }
-        if stamp.n > configuration.n || stamp.epoch > file_epoch {
+        if (stamp.n > configuration.n || stamp.epoch > file_epoch) && !left_out(Rule::F1Newer) {
             return Admission::Wait;
         }
         // [E5] A start that the log does not know yet takes nothing.
@@ -131,53 +132,61 @@ impl Replica {
             return stale;
         }
         let file = self.files.entry(ino).or_default();
-        if !matches!(purpose, Purpose::Source) && file.holder != stamp.session {
+        if !matches!(purpose, Purpose::Source) && file.holder != stamp.session && !left_out(Rule::F1Session) {
             return stale;
         }
         // [F2] Nothing is answered under these numbers while something accepted under older ones runs.
-        if file.running.iter().any(|r| (r.n, r.epoch) < (stamp.n, stamp.epoch)) {
+        let older = file.running.iter().any(|r| (r.n, r.epoch) < (stamp.n, stamp.epoch));
+        if older && !left_out(Rule::F2Drain) {
             return Admission::Wait;
         }
         let key = (stamp.epoch, stamp.seq);
         // [F3] The same one is running.
-        if stamp.seq != Seq(0) && file.running.iter().any(|r| (r.epoch, r.seq) == key) {
+        let same = stamp.seq != Seq(0) && file.running.iter().any(|r| (r.epoch, r.seq) == key);
+        if same && !left_out(Rule::F3Running) {
             return Admission::Wait;
         }
         if !matches!(
             purpose,
             Purpose::Fence | Purpose::Pull { doubt: Some(_), .. } | Purpose::Note { .. } | Purpose::Source
-        ) {
+        ) || left_out(Rule::W6Fence)
+        {
             file.prune(stamp);
         }
-        let out = configuration.out();
+        let records = state == BrickState::InSync || !left_out(Rule::W5Syncing);
+        let out = if records { configuration.out() } else { Slots::NONE };
         let bookkeeping = match purpose {
             Purpose::Mutate { range } => Bookkeeping {
                 intents: file.intents_due(range, now_ms),
                 missed: file.missed_due(out, range.units(REGION_BYTES)),
             },
             Purpose::Pull { range, doubt } => Bookkeeping {
-                intents: file.intents_due(intent_range(range), now_ms),
+                intents: if left_out(Rule::W7Pulls) {
+                    Vec::new()
+                } else {
+                    file.intents_due(intent_range(range), now_ms)
+                },
                 missed: match doubt {
                     // [W2] A recovered range is booked by every brick, as if it were written now.
                     Some((_, _, sized)) => file.recovered_due(out, range, sized),
                     None => Vec::new(),
                 },
             },
-            Purpose::Note { range, sized } => {
+            Purpose::Note { range, sized } if !left_out(Rule::W2BookkeepingSource) => {
                 Bookkeeping { intents: Vec::new(), missed: file.recovered_due(out, range, sized) }
             }
             _ => Bookkeeping::default(),
         };
         let done = match purpose {
             // What it changed is known from then: a truncate, say, finds nothing to cut off the second time.
-            Purpose::Mutate { .. } if file.doubt.get(&key).is_some_and(|d| d.applied) => {
+            Purpose::Mutate { .. } if file.doubt.get(&key).is_some_and(|d| d.applied) && !left_out(Rule::F3Applied) => {
                 return Admission::Duplicate(Bookkeeping {
                     intents: Vec::new(),
                     missed: file.missed_of_doubt(out, key),
                 });
             }
-            Purpose::Mutate { .. } => file.is_stable(key),
-            Purpose::Pull { .. } => file.is_stable(key) || file.ran.contains(&key),
+            Purpose::Mutate { .. } => file.is_stable(key) && !left_out(Rule::F3Applied),
+            Purpose::Pull { .. } => (file.is_stable(key) || file.ran.contains(&key)) && !left_out(Rule::F3Pulls),
             _ => false,
         };
         if done {
@@ -245,10 +254,12 @@ impl Replica {
                             d.sized &= !sized;
                             *of == now || d.sized || !d.bytes.is_empty()
                         });
-                        let entry = file.doubt.entry((epoch, seq)).or_default();
-                        entry.bytes.insert(range.start..range.end);
-                        entry.sized |= sized;
-                        entry.applied = true;
+                        if !left_out(Rule::W2CopyInDoubt) {
+                            let entry = file.doubt.entry((epoch, seq)).or_default();
+                            entry.bytes.insert(range.start..range.end);
+                            entry.sized |= sized;
+                            entry.applied = true;
+                        }
                     }
                     _ => {}
                 }
@@ -276,7 +287,7 @@ impl Replica {
 
     /// The largest number of running requests of older configurations; 0 lets reports be made `[F2]`.
     pub(super) fn runs_under_older(&self, n: ConfigNo) -> bool {
-        self.running_by_n.range(..n).next().is_some()
+        self.running_by_n.range(..n).next().is_some() && !left_out(Rule::S4Drained)
     }
 
     /// Nothing is running: for a clean stop `[E5]`.
@@ -299,7 +310,8 @@ impl File {
 
     /// [W6] Forgets what is stable.
     fn prune(&mut self, stamp: &Stamp) {
-        if !stamp.settled || (stamp.epoch, stamp.stable) <= (self.stable_epoch, self.stable) {
+        let settled = stamp.settled || left_out(Rule::W6Fence);
+        if !settled || (stamp.epoch, stamp.stable) <= (self.stable_epoch, self.stable) {
             return;
         }
         self.stable_epoch = stamp.epoch;
@@ -316,6 +328,9 @@ impl File {
     /// Extents of `range` whose intent is not durable yet.
     fn intents_due(&mut self, range: ByteRange, now_ms: u64) -> Vec<u64> {
         let mut due = Vec::new();
+        if left_out(Rule::W7Intents) {
+            return due;
+        }
         for extent in range.units(EXTENT_BYTES) {
             match self.intents.get_mut(&extent) {
                 Some(last) => *last = now_ms.max(*last),
@@ -340,7 +355,7 @@ impl File {
     }
 
     fn missed_due(&self, out: Slots, regions: Range<u64>) -> Vec<(Slot, Range<u64>)> {
-        if out.is_empty() || regions.is_empty() {
+        if out.is_empty() || regions.is_empty() || left_out(Rule::W5Missed) {
             return Vec::new();
         }
         out.iter().filter(|x| !self.missed[x.index()].covers(&regions)).map(|x| (x, regions.clone())).collect()
@@ -359,6 +374,9 @@ impl File {
 
     /// A recovered range; one that stands for the size only has no bytes.
     fn recovered_due(&self, out: Slots, range: ByteRange, sized: bool) -> Vec<(Slot, Range<u64>)> {
+        if left_out(Rule::W2Bookkeeping) {
+            return Vec::new();
+        }
         self.missed_of_range(out, range, sized)
     }
 

@@ -24,6 +24,7 @@ use std::ops::Range;
 
 use crate::config::{BrickState, Configuration, Slot, Slots};
 use crate::interval::IntervalSet;
+use crate::left_out::{Rule, left_out};
 use crate::types::{
     BrickId, ByteRange, ConfigNo, EXTENT_BYTES, Epoch, Incarnation, Ino, LogIndex, REGION_BYTES, REPLICAS, SIZE_REGION,
     Seq, SessionId,
@@ -218,7 +219,8 @@ impl Replica {
     /// The applied configuration has this start registered `[E5]`.
     #[must_use]
     pub fn is_live(&self) -> bool {
-        self.configuration.is_some_and(|c| c.members[self.slot.index()].incarnation == self.incarnation)
+        self.configuration
+            .is_some_and(|c| c.members[self.slot.index()].incarnation == self.incarnation || left_out(Rule::E5Awaited))
     }
     /// Its own state by the applied log; `Out` when there is none.
     #[must_use]
@@ -259,6 +261,7 @@ impl Replica {
         match (self.agreement, now.state) {
             (Agreement::None, _) => {}
             (Agreement::SeenOut, BrickState::InSync) => self.agreement = Agreement::None,
+            (_, BrickState::InSync) if left_out(Rule::E1Agreed) => self.agreement = Agreement::None,
             (_, BrickState::InSync) => {}
             _ => self.agreement = Agreement::SeenOut,
         }
@@ -279,7 +282,7 @@ impl Replica {
             && was.is_none_or(|w| w.state != BrickState::InSync || w.incarnation != now.incarnation)
         {
             self.planned_since = None;
-            let source = cold_start == Some(self.slot);
+            let source = cold_start == Some(self.slot) && !left_out(Rule::E6Intents);
             let mut entered = Vec::new();
             for (ino, file) in &mut self.files {
                 file.plan = IntervalSet::new();
@@ -354,6 +357,9 @@ impl Replica {
     }
     /// The disk failed `[E4]`: it agrees and takes nothing more.
     pub fn fail(&mut self) {
+        if left_out(Rule::W8Failed) {
+            return;
+        }
         self.failed = true;
         self.agree_to_out();
     }
@@ -366,7 +372,7 @@ impl Replica {
     /// The leader answered a heartbeat: reads may be served until `until_ms` (when it was sent, plus the read lease, by this
     /// brick's own clock), once the log is applied up to `commit` `[R1]`.
     pub fn lease_answered(&mut self, until_ms: u64, commit: LogIndex) {
-        if commit <= self.applied {
+        if commit <= self.applied || left_out(Rule::R1Index) {
             self.lease_until_ms = self.lease_until_ms.max(until_ms);
             return;
         }
@@ -380,10 +386,10 @@ impl Replica {
     #[must_use]
     pub fn may_read(&self, now_ms: u64) -> bool {
         self.is_live()
-            && self.state() == BrickState::InSync
+            && (self.state() == BrickState::InSync || left_out(Rule::R2) && self.state() == BrickState::Syncing)
             && self.agreement == Agreement::None
             && !self.failed
-            && now_ms < self.lease_until_ms
+            && (now_ms < self.lease_until_ms || left_out(Rule::R1Lease))
     }
 
     /// Every mutation in doubt of a file, for the answer to a `Fence` `[W2]`.
@@ -503,9 +509,9 @@ impl Replica {
 impl File {
     fn may_clear(&self, extent: u64) -> bool {
         let bytes = ByteRange { start: extent * EXTENT_BYTES, end: (extent + 1) * EXTENT_BYTES };
-        !self.inherited.contains(&extent)
+        (!self.inherited.contains(&extent) || left_out(Rule::W7Inherited))
             && !self.running.iter().any(|r| r.mutates && r.range.overlaps(&bytes))
-            && !self.doubt.values().any(|d| d.touches(&bytes))
+            && (!self.doubt.values().any(|d| d.touches(&bytes)) || left_out(Rule::W7Doubt))
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{Replica, regions_of_extents};
 use crate::config::{BrickState, Slot, Slots};
 use crate::interval::IntervalSet;
+use crate::left_out::{Rule, left_out};
 use crate::types::{ConfigNo, Ino};
 
 /// The part of a heartbeat that `[S4]` is about.
@@ -51,11 +52,11 @@ impl Replica {
         if now != n {
             return false;
         }
-        for (ino, extents) in source_intents {
+        for (ino, extents) in source_intents.iter().filter(|_| !left_out(Rule::S1Source)) {
             let regions = regions_of_extents(extents.iter().copied());
             self.files.entry(*ino).or_default().plan.union(&regions);
         }
-        for file in self.files.values_mut() {
+        for file in self.files.values_mut().filter(|_| !left_out(Rule::S1Own)) {
             let own = regions_of_extents(file.inherited.iter().copied());
             file.plan.union(&own);
         }

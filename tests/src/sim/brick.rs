@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use mortar_proto::coordinator::Answer;
 use mortar_proto::interval::IntervalSet;
+use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::metadata::Effect;
 use mortar_proto::metadata::command::Registration;
 use mortar_proto::metadata::monitor::Beat;
@@ -202,6 +203,7 @@ impl World {
         brick.incarnation = incarnation;
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
+        brick.disk.forgive_flushes();
         let replica = Replica::new(BrickId(s as u64 + 10), slot(s), incarnation, brick.disk.recorded());
         brick.replica = Some(replica);
         brick.stopping = None;
@@ -243,6 +245,9 @@ impl World {
             let (brick, rng) = (&mut self.bricks[s], &mut self.rng);
             brick.boot = boot;
             brick.disk.lose_power(rng);
+            if left_out(Rule::F2Durable) {
+                brick.applied = rng.between(brick.applied.saturating_sub(8) as u64, brick.applied as u64) as usize;
+            }
         }
         let brick = &mut self.bricks[s];
         if brick.replica.take().is_some() {
@@ -342,11 +347,13 @@ impl World {
     }
 
     pub(super) fn beat_answered(&mut self, s: usize, sent_ms: u64, commit: LogIndex, agree: bool) {
+        let now = self.brick_now(s);
         let replica = self.replica(s);
         if agree {
             replica.agree_to_out();
         }
-        replica.lease_answered(sent_ms + TIMING.read_lease_ms, commit);
+        let from_ms = if left_out(Rule::R1Sent) { now } else { sent_ms };
+        replica.lease_answered(from_ms + TIMING.read_lease_ms, commit);
         if agree {
             self.event(|| format!("b{s} agrees to its Out"));
         }

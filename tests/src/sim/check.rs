@@ -4,7 +4,7 @@ use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
 use mortar_proto::types::Ino;
 
-use super::world::{Wire, World};
+use super::world::{TIMING, Wire, World};
 
 impl World {
     pub(super) fn check_step(&mut self) {
@@ -55,6 +55,7 @@ impl World {
         if new.in_sync().is_empty() {
             self.fail(|| format!("I8: no brick is InSync under {new:?}"));
         }
+        self.put_out_or_back(old, new, cold);
         for s in Slot::ALL {
             if old.state(s) == BrickState::Syncing && new.state(s) == BrickState::InSync {
                 self.count("promoted");
@@ -69,6 +70,11 @@ impl World {
                 self.tempt(None, &[0, 1, 2]);
             }
             let i = source.index();
+            let fresh = |s: &Slot| new.members[s.index()].incarnation != old.members[s.index()].incarnation;
+            let registered = old.in_sync().iter().filter(fresh).count();
+            if registered < 2 && old.in_sync().count() >= 2 {
+                self.fail(|| format!("E6: b{i} becomes the source without waiting for another that was InSync"));
+            }
             let kept = |s: &Slot| new.members[s.index()].boot == old.members[s.index()].boot;
             if !kept(&source) {
                 let better = old
@@ -82,6 +88,34 @@ impl World {
                 let disk = self.bricks[i].disk.clone();
                 self.history.cold_start(new.n, &disk);
                 self.forgive_reads();
+            }
+        }
+    }
+
+    /// [E2]: a brick that lives stays. [E8]: one that was put out does not return at once.
+    fn put_out_or_back(&mut self, old: &Configuration, new: &Configuration, cold: Option<Slot>) {
+        for s in Slot::ALL.into_iter().filter(|_| cold.is_none()) {
+            let (before, after) = (old.members[s.index()], new.members[s.index()]);
+            match (before.state, after.state) {
+                (BrickState::Syncing, BrickState::Out) => self.out_since[s.index()] = self.now,
+                (BrickState::InSync, BrickState::Out) => {
+                    self.out_since[s.index()] = self.now;
+                    let silence_ms = TIMING.read_lease_ms + TIMING.clock_margin_ms;
+                    let lives = |t: Slot| {
+                        let (incarnation, at) = self.heard[t.index()];
+                        incarnation == new.members[t.index()].incarnation && at + silence_ms > self.now
+                    };
+                    if !new.in_sync().iter().any(lives) {
+                        self.fail(|| format!("E2: b{} is put out, and nobody who is InSync still lives", s.0));
+                    }
+                }
+                (BrickState::Out, BrickState::Syncing) if before.incarnation == after.incarnation => {
+                    let after_ms = self.now - self.out_since[s.index()];
+                    if after_ms < TIMING.back_off_ms {
+                        self.fail(|| format!("E8: b{} returns after {after_ms} ms", s.0));
+                    }
+                }
+                _ => {}
             }
         }
     }

@@ -308,6 +308,11 @@ impl World {
                     let connection = Connection { client: c, slot: s, number };
                     let wire = Wire { connection, session, ino, request };
                     self.send(Node::Client(c), Node::Brick(s), true, Happening::Request(wire));
+                    // It comes once more, later [F3].
+                    if self.rng.chance(self.faults.repeat_permille) {
+                        let later = self.rng.delay(self.delay_ms * 10, 3000);
+                        self.after(later, Happening::Repeated(wire));
+                    }
                 }
             }
             Effect::Complete(op, completion) => self.completed(c, op, completion, content),
@@ -349,7 +354,11 @@ impl World {
             return;
         }
         match (pending.what, completion) {
-            (What::Mutation, Completion::Done) => self.history.acknowledged(op),
+            (What::Mutation, Completion::Done) => {
+                if let Err(why) = self.history.acknowledged(op) {
+                    self.fail(|| format!("W3: {why}"));
+                }
+            }
             (What::Mutation, Completion::LeaseLost) => self.count("lease lost"),
             (What::Mutation, Completion::Failed(_)) => self.count("failed"),
             (What::Read { first, count, needs }, Completion::Bytes) => {
@@ -370,7 +379,7 @@ impl World {
                 }
             }
             (What::Flush(_), Completion::LeaseLost) => {}
-            (what, completion) => self.fail(|| format!("operation {} {what:?} ended in {completion:?}", op.0)),
+            (what, completion) => self.fail(|| format!("E3: operation {} {what:?} ended in {completion:?}", op.0)),
         }
     }
 

@@ -39,9 +39,10 @@ impl Geometry {
     }
 }
 
-/// One thing that is written as a whole, with everything it may be after a power cut, oldest first.
+/// One thing that is written as a whole, with everything it may be after a power cut, oldest first. The kernel forgets that
+/// something is to be written once it could not write it: then no later flush makes it durable.
 #[derive(Clone, Debug, Default)]
-struct Cell(Vec<(u64, u64)>);
+struct Cell(Vec<(u64, u64)>, bool);
 
 impl Cell {
     fn value(&self) -> u64 {
@@ -55,9 +56,10 @@ impl Cell {
             self.0.push((0, 0));
         }
         self.0.push((at, value));
+        self.1 = false;
     }
     fn flushed(&mut self, upto: u64) {
-        while self.0.len() > 1 && self.0[1].0 <= upto {
+        while !self.1 && self.0.len() > 1 && self.0[1].0 <= upto {
             self.0.remove(0);
         }
     }
@@ -66,6 +68,7 @@ impl Cell {
             let kept = self.0[rng.index(self.0.len())];
             self.0 = vec![kept];
         }
+        self.1 = false;
     }
 }
 
@@ -182,6 +185,17 @@ impl Disk {
             file.size.flushed(upto);
         }
     }
+    /// A flush has failed.
+    pub fn flush_failed(&mut self, ino: Ino) {
+        if let Some(file) = self.files.get_mut(&ino) {
+            file.blocks.iter_mut().chain([&mut file.size]).for_each(|c| c.1 = c.0.len() > 1);
+        }
+    }
+    /// A brick starts. What the kernel could not write counts as unwritten again, as if it had been written anew.
+    pub fn forgive_flushes(&mut self) {
+        let cells = self.files.values_mut().flat_map(|f| f.blocks.iter_mut().chain([&mut f.size]));
+        cells.for_each(|c| c.1 = false);
+    }
     /// The files there are.
     #[must_use]
     pub fn files(&self) -> Vec<Ino> {
@@ -230,6 +244,11 @@ impl Disk {
             self.intents.remove(&(ino, *extent));
             self.deleted_intents.push((ino, *extent));
         }
+    }
+    /// Forgets all intents, as no clean stop may.
+    pub fn forget_own_intents(&mut self) {
+        self.intents.clear();
+        self.deleted_intents.clear();
     }
     /// Forgets a missed region; not durably.
     pub fn forget_missed(&mut self, x: Slot, ino: Ino, regions: core::ops::Range<u64>) {

@@ -18,6 +18,8 @@ pub struct Faults {
     pub gap_ms: u64,
     /// How often something goes wrong just after a moment at which that is awkward.
     pub tempt_permille: u64,
+    /// How often a request arrives twice.
+    pub repeat_permille: u64,
     /// How often an application uses a file that is not its own.
     pub sharing_permille: u64,
     /// Nothing more goes wrong after this.
@@ -34,6 +36,7 @@ impl Faults {
             every_ms: rng.between(100, 2500),
             gap_ms: rng.between(1, 100),
             tempt_permille: [0, 0, 20, 60, 200][rng.index(5)],
+            repeat_permille: [0, 0, 0, 20, 200][rng.index(5)],
             sharing_permille: [0, 0, 5, 30, 1000][rng.index(5)],
             until_ms: 10_000 + rng.between(4, 16) * 1000,
         }

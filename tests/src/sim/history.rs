@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use mortar_proto::config::{Slot, Slots};
 use mortar_proto::coordinator::OpId;
 use mortar_proto::types::{ConfigNo, Epoch, Ino, Seq};
 
@@ -36,6 +37,8 @@ struct Written {
     ino: Ino,
     kind: Kind,
     key: Option<Key>,
+    /// Bricks that answered that they have it.
+    held_by: Slots,
     acknowledged: bool,
     flushed: bool,
     /// Blocks that a cold start lost, and under which configuration.
@@ -104,6 +107,7 @@ impl History {
             ino,
             kind,
             key: None,
+            held_by: Slots::NONE,
             acknowledged: false,
             flushed: false,
             lost: [false; BLOCKS],
@@ -126,12 +130,27 @@ impl History {
             }
         }
     }
+    /// A brick answers that it has it.
+    pub fn held(&mut self, op: OpId, by: Slot) {
+        if let Some(o) = self.ops.get_mut(&op) {
+            o.held_by.insert(by);
+        }
+    }
     /// The application was told that it is done.
-    pub fn acknowledged(&mut self, op: OpId) {
+    ///
+    /// # Errors
+    /// Fewer than two bricks said that they have it.
+    pub fn acknowledged(&mut self, op: OpId) -> Result<(), String> {
+        let mut held_by = Slots::NONE;
         if let Some(o) = self.ops.get_mut(&op) {
             o.acknowledged = true;
+            held_by = o.held_by;
         }
         self.recompute();
+        if held_by.count() < 2 {
+            return Err(format!("{} is acknowledged, but only {held_by:?} said that they have it", op.0));
+        }
+        Ok(())
     }
     /// The mutations that an fsync which begins now covers.
     #[must_use]

@@ -240,6 +240,7 @@ impl World {
         let now = self.now;
         match message {
             ToLeader::Beat { slot, generation, sent_ms, beat } => {
+                self.heard[slot] = (beat.registration.incarnation, now);
                 let asked = self.leader.monitor.heartbeat(&self.leader.log, now, &[beat]);
                 let commit = LogIndex(self.leader.log.entries.len() as u64);
                 let message =

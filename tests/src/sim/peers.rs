@@ -3,6 +3,7 @@
 
 use mortar_proto::BrickState;
 use mortar_proto::Slot;
+use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::replica::{Admission, Purpose};
 
 use super::brick::{Lists, Peer, Step, Task, TaskKind};
@@ -100,7 +101,7 @@ impl World {
             }
             TaskKind::Finish => {
                 let missed: Vec<_> = task.lists.into_iter().flat_map(|l| l.missed).collect();
-                if missed.iter().any(|(x, _, _)| x.index() == s) {
+                if missed.iter().any(|(x, _, _)| x.index() == s) && !left_out(Rule::S4Reports) {
                     self.bricks[s].task = None;
                     return;
                 }
@@ -133,7 +134,7 @@ impl World {
         let Some(since) = self.bricks[s].stopping else { return };
         let replica = self.replica(s);
         replica.agree_to_out();
-        let ready = replica.state() == BrickState::Out && replica.is_drained();
+        let ready = replica.state() == BrickState::Out && replica.is_drained() && !replica.has_failed();
         if ready && !self.bricks[s].stop_flushing {
             self.bricks[s].stop_flushing = true;
             let upto = self.bricks[s].disk.written();

@@ -2,12 +2,13 @@
 //! each a step that takes time.
 
 use mortar_proto::coordinator::{Answer, Body, Mutation, Stat};
+use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::replica::{Admission, Purpose, Refusal, Stamp};
 use mortar_proto::types::ByteRange;
 
 use super::brick::{Job, Peer, Step};
 use super::disk::Content;
-use super::world::{Happening, Node, TIMEOUTS, Wire, World, mutation_of};
+use super::world::{Happening, Node, TIMEOUTS, Wire, World, mutation_of, slot};
 
 /// A request that is not ready waits this long before it is answered `Behind`.
 const WAIT_MS: u64 = 800;
@@ -18,6 +19,11 @@ const ENOSPC: i32 = 28;
 impl World {
     pub(super) fn answer(&mut self, s: usize, wire: Wire, answer: Answer, content: Option<Content>) {
         let c = wire.connection;
+        match (mutation_of(&wire.request), &answer) {
+            (Some(op), Answer::Done) => self.history.held(op, slot(s)),
+            (Some(_), Answer::Failed { brick: false, .. }) => self.refused = true,
+            _ => {}
+        }
         if self.bricks[s].accepted[c.client] != c.number {
             return;
         }
@@ -189,14 +195,18 @@ impl World {
         match step {
             Step::Intents(job, extents) => {
                 let now = self.brick_now(s);
-                self.bricks[s].disk.record_intents(job.wire.ino, &extents);
+                if !left_out(Rule::W7Durable) {
+                    self.bricks[s].disk.record_intents(job.wire.ino, &extents);
+                }
                 self.replica(s).intents_recorded(job.wire.ino, extents, now);
                 self.touch_data(s, job);
             }
             Step::Data(job, from) => self.write_data(s, job, from),
             Step::Missed(job) => {
                 for (x, regions) in job.missed.clone() {
-                    self.bricks[s].disk.record_missed(x, job.wire.ino, regions.clone());
+                    if !left_out(Rule::W5Durable) {
+                        self.bricks[s].disk.record_missed(x, job.wire.ino, regions.clone());
+                    }
                     self.replica(s).missed_recorded(x, job.wire.ino, regions);
                 }
                 self.done(s, job);
@@ -204,6 +214,7 @@ impl World {
             Step::Flushed(mut job, upto) => {
                 if self.bricks[s].flush_fails {
                     self.count("flush failed");
+                    self.bricks[s].disk.flush_failed(job.wire.ino);
                     self.replica(s).fail();
                     job.answer = Answer::Failed { errno: EIO, brick: true };
                 } else {
@@ -219,8 +230,11 @@ impl World {
                 }
             }
             Step::Clear(files, began_ms, upto) => {
-                for (ino, extents) in files {
-                    self.bricks[s].disk.flushed(ino, upto);
+                let failed = self.replica(s).has_failed();
+                for (ino, extents) in files.into_iter().filter(|_| !failed) {
+                    if !left_out(Rule::W7Flushed) {
+                        self.bricks[s].disk.flushed(ino, upto);
+                    }
                     let cleared = self.replica(s).clear_intents(ino, &extents, began_ms);
                     self.event(|| format!("b{s} clears intents {ino:?} {cleared:?}"));
                     self.bricks[s].disk.forget_intents(ino, &cleared);
@@ -228,7 +242,7 @@ impl World {
                 self.bricks[s].clearing = false;
             }
             Step::TakenOver(n, missed) => {
-                for (x, ino, regions) in missed {
+                for (x, ino, regions) in missed.into_iter().filter(|_| !left_out(Rule::S4TakeOver)) {
                     self.bricks[s].disk.record_missed(x, ino, regions.clone());
                     self.replica(s).missed_recorded(x, ino, regions);
                 }
@@ -237,7 +251,7 @@ impl World {
                 self.later(s, delay, Step::Repaired(n, upto));
             }
             Step::Repaired(n, upto) => {
-                for ino in self.bricks[s].disk.files() {
+                for ino in self.bricks[s].disk.files().into_iter().filter(|_| !left_out(Rule::S4Flush)) {
                     self.bricks[s].disk.flushed(ino, upto);
                 }
                 let done = self.replica(s).repaired(n);
@@ -260,6 +274,9 @@ impl World {
                 for (ino, extents) in self.replica(s).clearable_intents(now, 0) {
                     let cleared = self.replica(s).clear_intents(ino, &extents, u64::MAX);
                     self.bricks[s].disk.forget_intents(ino, &cleared);
+                }
+                if left_out(Rule::E5Clean) {
+                    self.bricks[s].disk.forget_own_intents();
                 }
                 self.bricks[s].disk.record_clean(true);
                 self.count("clean stop");

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use mortar_proto::coordinator::{Answer, Body, Event, OpId, Request, RequestId, Timeouts};
+use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::metadata::monitor::Timing;
 use mortar_proto::types::{BLOCK_BYTES, BootId, EXTENT_BYTES, Ino, REGION_BYTES, SessionId};
 use mortar_proto::{Configuration, Incarnation, Slot};
@@ -72,6 +73,8 @@ pub struct Wire {
 pub enum Happening {
     /// A request reaches a brick.
     Request(Wire),
+    /// A request reaches a brick again.
+    Repeated(Wire),
     /// An answer reaches a client.
     Answer {
         /// On this connection.
@@ -192,6 +195,12 @@ pub struct World {
     pub failure: Option<String>,
     /// The last events, if they are wanted.
     pub trace: Option<VecDeque<Line>>,
+    /// Some mutation was refused, for want of space say.
+    pub refused: bool,
+    /// Since when bricks are out.
+    pub out_since: [u64; 3],
+    /// When the leader heard of bricks last, and in which incarnation.
+    pub heard: [(Incarnation, u64); 3],
     /// Applications ask for nothing more.
     pub winding_down: bool,
     /// How many operations were submitted and completed.
@@ -235,6 +244,9 @@ impl World {
             counter: 1000,
             failure: None,
             trace: play.traced.then(VecDeque::new),
+            refused: false,
+            out_since: [0; 3],
+            heard: [(Incarnation(0), 0); 3],
             winding_down: false,
             submitted: 0,
             completed: 0,
@@ -357,6 +369,12 @@ impl World {
 
     fn happen(&mut self, happening: Happening) {
         match happening {
+            Happening::Repeated(wire) => {
+                // What was refused and sent again is another matter than what was done.
+                if !self.refused {
+                    self.happen(Happening::Request(wire));
+                }
+            }
             Happening::Request(wire) => {
                 if self.deferred(wire.connection.slot, || Happening::Request(wire)) {
                     return;
@@ -365,7 +383,9 @@ impl World {
                 if self.dead.get(&c.number).is_some_and(|until| *until <= self.now) {
                     return;
                 }
-                if self.bricks[c.slot].is_up() && self.bricks[c.slot].accepted[c.client] == c.number {
+                let served = self.bricks[c.slot].accepted[c.client];
+                let current = served == c.number || served != 0 && left_out(Rule::F3Connection);
+                if self.bricks[c.slot].is_up() && current {
                     self.note(|| {
                         format!(
                             "b{} <- c{} {:?} {:?} n={} e={} s={} stable={} {}",

@@ -7,6 +7,7 @@
 use super::command::{Command, Registration};
 use super::state::State;
 use crate::config::{BrickState, Configuration, Slot, Slots};
+use crate::left_out::{Rule, left_out};
 use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
 use std::collections::BTreeMap;
 
@@ -170,13 +171,16 @@ impl Monitor {
 
     /// [E2] With `slot` out, an `InSync` brick stays that lives, and two that are written to.
     fn may_put_out(&self, state: &State, configuration: &Configuration, slot: Slot, now_ms: u64) -> bool {
+        if left_out(Rule::E2Last) {
+            return configuration.state(slot) != BrickState::Out;
+        }
         if configuration.state(slot) == BrickState::Out || configuration.writable().without(slot).count() < 2 {
             return false;
         }
         configuration.in_sync().without(slot).iter().any(|s| {
             let brick = configuration.members[s.index()].brick;
             let well = self.heard.get(&brick).is_some_and(|h| !h.beat.failed && h.beat.agreed_under != configuration.n);
-            well && self.living(state, brick, now_ms)
+            well && (self.living(state, brick, now_ms) || left_out(Rule::E2Restarted))
         })
     }
 
@@ -263,12 +267,16 @@ impl Monitor {
         let waited = self.cold_since_ms.get(&set).is_some_and(|at| at + self.timing.cold_start_wait_ms <= now_ms);
         // One that was not heard may be alive and serve reads for as long as its lease lasts [E1].
         let silent = now_ms >= self.elected_ms + self.silence_ms();
-        if !(back == in_sync || (back.count() >= 2 && waited && silent)) {
+        let hasty = left_out(Rule::E6Wait) && !back.is_empty() && silent;
+        if !(back == in_sync || (back.count() >= 2 && waited && silent) || hasty) {
             return None;
         }
         let kept = |s: &Slot| registered[s.index()].is_some_and(|r| r.boot == configuration.members[s.index()].boot);
         let clean = |s: &Slot| registered[s.index()].is_some_and(|r| r.clean);
-        let source = back.iter().max_by_key(|s| (kept(s), clean(s), core::cmp::Reverse(s.0)))?;
+        let source = match left_out(Rule::E6Boot) {
+            true => back.iter().next()?,
+            false => back.iter().max_by_key(|s| (kept(s), clean(s), core::cmp::Reverse(s.0)))?,
+        };
         Some(Command::ColdStart { set, n: configuration.n, source, registered })
     }
 
@@ -284,13 +292,15 @@ impl Monitor {
             let agreed = own.is_some_and(|b| b.agreed_under == configuration.n);
             let wants = own.is_some_and(|b| b.failed || b.stopping) || agreed && in_sync;
             let suspected = self.suspected.get(&brick) == Some(&configuration.n);
-            let last = heard.map_or(self.elected_ms, |h| h.answered_ms.max(self.elected_ms));
+            let elected_ms = if left_out(Rule::E1Elected) { 0 } else { self.elected_ms };
+            let last = heard.map_or(elected_ms, |h| h.answered_ms.max(elected_ms));
             let silent = now_ms >= last + self.silence_ms();
             if !wants && !suspected && now_ms < last + self.silence_ms().max(ABSENT_MS) {
                 continue;
             }
             // A Syncing brick serves no reads, so nothing has to run out.
-            if (agreed || silent || !in_sync) && self.may_put_out(state, configuration, slot, now_ms) {
+            let serves_none = agreed || silent || !in_sync || left_out(Rule::E1Lapsed);
+            if serves_none && self.may_put_out(state, configuration, slot, now_ms) {
                 let past = self.past.entry(brick).or_default();
                 if past.out_since_ms.is_none() && past.failed_ms + 1000 < now_ms {
                     past.failures = if past.failed_ms + FORGIVEN_AFTER_MS < now_ms { 1 } else { past.failures + 1 };
@@ -307,11 +317,14 @@ impl Monitor {
         let report = |slot: Slot| {
             let brick = configuration.members[slot.index()].brick;
             let heard = self.heard.get(&brick)?;
-            (heard.beat.n == configuration.n && self.living(state, brick, now_ms)).then_some(heard.beat)
+            let current = heard.beat.n == configuration.n || left_out(Rule::S4Number);
+            (current && self.living(state, brick, now_ms)).then_some(heard.beat)
         };
         for slot in configuration.syncing().iter() {
             let empty = configuration.in_sync().iter().all(|s| report(s).is_some_and(|b| b.missed_empty.has(slot)));
-            if empty && report(slot).is_some_and(|b| b.repaired && !b.failed && !b.stopping) {
+            if (empty || left_out(Rule::S4Reports))
+                && report(slot).is_some_and(|b| b.repaired && !b.failed && !b.stopping)
+            {
                 return Some(Command::Promote { set, n: configuration.n, slot });
             }
         }
@@ -335,6 +348,7 @@ impl Monitor {
             let past = self.past.get(&brick).copied().unwrap_or_default();
             let doublings = past.failures.saturating_sub(1).min(16);
             let wait = (self.timing.back_off_ms << doublings).min(self.timing.back_off_max_ms);
+            let wait = if left_out(Rule::E8) { 0 } else { wait };
             if past.out_since_ms.is_some_and(|at| at + wait <= now_ms) {
                 return Some(Command::Rejoin { set, n: configuration.n, slot });
             }
