@@ -1,7 +1,7 @@
 //! The leader's memory: who lives, who is heard, what it proposes by itself. Made anew at each election; nothing of it is
 //! needed to be right, only to go on.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,6 +55,8 @@ pub(super) struct Leader {
     /// Sessions that were heard.
     pub(super) sessions: HashMap<SessionId, SessionNews>,
     watchers: HashMap<SessionId, mpsc::Sender<Result<wire::Event, Status>>>,
+    /// Sessions that wait for a lease which another one holds, the longest waiting first.
+    wanting: HashMap<Ino, VecDeque<SessionId>>,
     told: HashMap<SetId, ConfigNo>,
     told_options: HashMap<VolumeId, Options>,
 }
@@ -81,6 +83,7 @@ impl Leader {
             servers: HashMap::new(),
             sessions: HashMap::new(),
             watchers: HashMap::new(),
+            wanting: HashMap::new(),
             told: HashMap::new(),
             told_options: HashMap::new(),
         }
@@ -115,6 +118,29 @@ impl Leader {
     /// Another session wants a lease.
     pub(super) fn recall(&mut self, holder: SessionId, ino: Ino, epoch: u64) {
         self.tell(holder, wire::event::Event::Recall(wire::Recall { ino: ino.0, epoch }));
+    }
+
+    /// A session waits for a lease that another one holds.
+    pub(super) fn want(&mut self, ino: Ino, session: SessionId) {
+        let waiting = self.wanting.entry(ino).or_default();
+        if !waiting.contains(&session) {
+            waiting.push_back(session);
+        }
+    }
+
+    /// It does not wait any more.
+    pub(super) fn want_no_more(&mut self, ino: Ino, session: SessionId) {
+        if let Some(waiting) = self.wanting.get_mut(&ino) {
+            waiting.retain(|s| *s != session);
+        }
+        self.wanting.retain(|_, waiting| !waiting.is_empty());
+    }
+
+    /// Who is to have the lease after `holder`, if anybody waits for it.
+    pub(super) fn next_to_have(&mut self, ino: Ino, holder: SessionId) -> Option<SessionId> {
+        let next = self.wanting.get(&ino)?.iter().copied().find(|s| *s != holder)?;
+        self.want_no_more(ino, next);
+        Some(next)
     }
 
     /// Tells sessions what has changed.
@@ -152,6 +178,10 @@ impl Leader {
             self.watchers.remove(&session);
         }
         self.sessions.retain(|session, _| state.sessions.contains_key(session));
+        self.wanting.retain(|_, waiting| {
+            waiting.retain(|session| state.sessions.contains_key(session));
+            !waiting.is_empty()
+        });
     }
 
     /// Sessions that were not heard for their time to live; nobody is older than this leader.

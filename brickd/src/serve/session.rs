@@ -156,27 +156,33 @@ impl Session for Server {
         let (to, ino) = (SessionId(request.session), Ino(request.ino));
         let until = Instant::now() + LEASE_WAIT;
         let mut applied = self.log.watch_applied();
+        let mut waited = false;
         loop {
             self.lead(|_| ())?;
-            let holder = self.log.with_state(|state| {
+            let lease = self.log.with_state(|state| {
                 if !state.sessions.contains_key(&to) {
                     return Err(ended());
                 }
-                let lease = lease_of(state, ino).ok_or_else(|| Status::failed_precondition("there is no such file"))?;
-                Ok(lease.holder.filter(|h| *h != to).map(|h| (h, lease.epoch)))
+                lease_of(state, ino).ok_or_else(|| Status::failed_precondition("there is no such file"))
             })?;
-            match holder {
+            match lease.holder.filter(|h| *h != to) {
+                // [W1] Granted by the entry in which the holder before released it.
+                None if waited && lease.holder.is_some() => {
+                    return Ok(Response::new(LeaseReply { epoch: lease.epoch.0, recover: lease.recover }));
+                }
                 None => match self.log.propose(Command::LeaseGrant { ino, to, from: None }, None).await? {
-                    Outcome::Lease { epoch, recover, previous } => {
-                        let previous = previous.map_or(0, |p| p.0);
-                        return Ok(Response::new(LeaseReply { epoch: epoch.0, recover, previous }));
+                    Outcome::Lease { epoch, recover, .. } => {
+                        return Ok(Response::new(LeaseReply { epoch: epoch.0, recover }));
                     }
                     Outcome::Superseded => {}
                     Outcome::Errno(mortar_proto::metadata::NameError::SessionEnded) => return Err(ended()),
                     other => return Err(Status::failed_precondition(format!("the lease is refused: {other:?}"))),
                 },
-                Some((holder, epoch)) => {
-                    self.lead(|leader| leader.recall(holder, ino, epoch.0))?;
+                Some(holder) => {
+                    self.lead(|leader| {
+                        leader.want(ino, to);
+                        leader.recall(holder, ino, lease.epoch.0);
+                    })?;
                     let again = Instant::now() + RECALL_EVERY;
                     let still_held =
                         || self.log.with_state(|s| lease_of(s, ino).is_some_and(|l| l.holder == Some(holder)));
@@ -184,9 +190,11 @@ impl Session for Server {
                         let left = again.saturating_duration_since(Instant::now());
                         let _ = tokio::time::timeout(left, applied.changed()).await;
                     }
+                    waited = true;
                 }
             }
             if Instant::now() > until {
+                let _ = self.lead(|leader| leader.want_no_more(ino, to));
                 return Err(Status::aborted("the lease is still held by another session"));
             }
         }
@@ -194,12 +202,15 @@ impl Session for Server {
 
     async fn release_lease(&self, request: Request<ReleaseRequest>) -> Result<Response<Empty>, Status> {
         let r = request.into_inner();
-        let command = Command::LeaseRelease {
-            ino: Ino(r.ino),
-            session: SessionId(r.session),
-            epoch: Epoch(r.epoch),
-            finished: r.finished,
-        };
+        let (ino, session, epoch) = (Ino(r.ino), SessionId(r.session), Epoch(r.epoch));
+        // [W1] The release and the next grant are one entry, so that nobody comes in between.
+        if let Some(to) = self.lead(|leader| leader.next_to_have(ino, session))? {
+            let grant = Command::LeaseGrant { ino, to, from: Some((session, epoch, r.finished)) };
+            if let Outcome::Lease { .. } = self.log.propose(grant, None).await? {
+                return Ok(Response::new(Empty {}));
+            }
+        }
+        let command = Command::LeaseRelease { ino, session, epoch, finished: r.finished };
         self.log.propose(command, None).await?;
         Ok(Response::new(Empty {}))
     }
