@@ -26,6 +26,7 @@ use super::Whole;
 use super::answers::Answers;
 use super::chores::Chore;
 use super::damage::Damage;
+use super::memory;
 use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use super::scrub::Scrubbing;
@@ -152,7 +153,7 @@ fn slept_ms() -> u64 {
 
 impl Brick {
     /// Opens the brick; after an unclean stop makes the sums of what was being written anew first `[S3]`.
-    pub(super) fn open(opening: &Opening, log: Log, boot: BootId) -> anyhow::Result<Arc<Self>> {
+    pub(super) fn open(opening: &Opening, log: Log) -> anyhow::Result<Arc<Self>> {
         let Opening { id, set, volume, ref volume_name, ref options, configuration, .. } = *opening;
         let cluster = log.identity().cluster;
         let dir = BrickDir::open(Path::new(&opening.path), BrickId3 { cluster, volume, brick: id }, volume_name)?;
@@ -191,7 +192,11 @@ impl Brick {
             progress: Condvar::new(),
             chores,
             peers: Peers::default(),
-            registration: Registration { incarnation, boot, clean: loaded.clean },
+            registration: Registration {
+                incarnation,
+                boot: memory::of(Path::new(&opening.path))?,
+                clean: loaded.clean,
+            },
             began_ms: clock_ms(ClockId::Boottime),
             slept_ms: AtomicU64::new(slept_ms()),
             read_lease_ms: AtomicU64::new(options.read_lease_ms),

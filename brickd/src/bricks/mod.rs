@@ -13,6 +13,7 @@
 //! | `requests` | taking a request in: what is refused, what is done at once, who does the rest |
 //! | `run` | running a request: admission, durability, data, answer |
 //! | `list` | lists of regions and extents, in pages |
+//! | `memory` | what a brick's unflushed writes live in, and whether it was kept `[E6]`, `[E7]` |
 //! | `pace` | how repair gives way to applications `[S5]` |
 //! | `pull` | taking ranges from another brick `[S2]`, `[W2]` |
 //! | `peers` | connections to other bricks |
@@ -26,6 +27,7 @@ mod brick;
 mod chores;
 mod damage;
 mod list;
+mod memory;
 mod pace;
 mod peers;
 mod pull;
@@ -128,7 +130,6 @@ impl Kept {
 /// All bricks of this server.
 pub struct Bricks {
     log: Log,
-    boot: BootId,
     kept: RwLock<BTreeMap<BrickId, Arc<Kept>>>,
 }
 
@@ -136,11 +137,9 @@ impl Bricks {
     /// Starts keeping bricks: `applied` tells what the log does.
     ///
     /// # Errors
-    /// When the kernel's boot id cannot be read, or no thread be started.
+    /// When no thread can be started.
     pub fn open(log: Log, applied: UnboundedReceiver<Applied>) -> anyhow::Result<Arc<Self>> {
-        let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
-        let boot = u128::from_str_radix(&text.trim().replace('-', ""), 16)?;
-        let keeper = Arc::new(Self { log, boot: BootId(boot), kept: RwLock::default() });
+        let keeper = Arc::new(Self { log, kept: RwLock::default() });
         let runner = Arc::clone(&keeper);
         std::thread::Builder::new().name("applier".into()).spawn(move || runner.run(applied))?;
         Ok(keeper)
@@ -260,11 +259,10 @@ impl Bricks {
             opened: Arc::clone(&opened),
         };
         self.kept.write().insert(kept.id, Arc::new(kept));
-        let (log, boot) = (self.log.clone(), self.boot);
+        let log = self.log.clone();
         let result = Arc::clone(&opened);
-        let spawned = std::thread::Builder::new()
-            .name("brick-log".into())
-            .spawn(move || feed(&opening, log, boot, &result, &told));
+        let spawned =
+            std::thread::Builder::new().name("brick-log".into()).spawn(move || feed(&opening, log, &result, &told));
         if let Err(e) = spawned {
             let _ = opened.set(Err(format!("no thread for it can be started: {e}")));
         }
@@ -345,13 +343,13 @@ impl Bricks {
 }
 
 /// The life of a brick: opened, told what the log says, closed.
-fn feed(opening: &Opening, log: Log, boot: BootId, opened: &Opened, events: &Receiver<Event>) {
+fn feed(opening: &Opening, log: Log, opened: &Opened, events: &Receiver<Event>) {
     let (id, path) = (opening.id, &opening.path);
     // A server that has just started goes through the log once more; a brick that is gone by now is left alone.
     if log.with_state(|state| !state.bricks.contains_key(&id)) {
         return;
     }
-    let brick = match Brick::open(opening, log, boot) {
+    let brick = match Brick::open(opening, log) {
         Ok(brick) => {
             tracing::info!(brick = %id, path, "brick is open");
             brick

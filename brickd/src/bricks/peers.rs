@@ -128,7 +128,7 @@ impl Brick {
             channel: 0,
             from_brick: self.id.0,
         };
-        let (reader, socket, _) = link::open(&address.context("its server is not known")?, &hello)?;
+        let (reader, socket) = link::open(&address.context("its server is not known")?, &hello)?;
         socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
         socket.set_write_timeout(Some(ANSWER_TIMEOUT))?;
         Ok(Peer { reader, socket, next: 0 })

@@ -9,7 +9,6 @@ use mortar_proto::checksum::HOLE;
 use mortar_proto::config::Slot;
 use mortar_proto::replica::{Admission, Bookkeeping, Purpose, Stamp, Ticket};
 use mortar_proto::wire::data::{self, request::What, response::Outcome};
-use mortar_proto::wire::id_bytes;
 use mortar_proto::{BLOCK_BYTES, ByteRange, Epoch, Ino, MAX_FILE_BYTES, REGION_BYTES, SIZE_REGION, Seq};
 
 use super::answers::Permit;
@@ -377,10 +376,7 @@ fn fence(brick: &Brick, ino: Ino) -> Answer {
     };
     let in_doubt = brick.replica.lock().in_doubt(ino).into_iter().map(doubt).collect();
     match brick.objects.stat(ino) {
-        Ok(stat) => {
-            let boot = id_bytes(brick.registration.boot.0);
-            (Outcome::Fence(data::FenceReply { in_doubt, size: stat.size, boot }), Vec::new())
-        }
+        Ok(stat) => (Outcome::Fence(data::FenceReply { in_doubt, size: stat.size }), Vec::new()),
         Err(e) => store_failed(brick, &e),
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use mortar_proto::frame::{self, FrameError, FrameReader, Receiver};
-use mortar_proto::wire::{data, id_bytes, id_from};
+use mortar_proto::wire::{data, id_from};
 use mortar_proto::{BrickId, SessionId};
 use prost::Message as _;
 
@@ -46,7 +46,7 @@ pub(super) fn connection(keeper: &Bricks, socket: &TcpStream) -> anyhow::Result<
         };
         let key = (SessionId(hello.session), channel);
         replace_older(&brick, key, &answers);
-        answers.send(frame::encode(&reply(keeper, Some(&brick), String::new()), 0));
+        answers.send(frame::encode(&reply(Some(&brick), String::new()), 0));
         let served = requests_of(&brick, sender, &mut reader, &answers);
         let mut connections = brick.connections.lock();
         if connections.get(&key).is_some_and(|a| Arc::ptr_eq(a, &answers)) {
@@ -58,12 +58,11 @@ pub(super) fn connection(keeper: &Bricks, socket: &TcpStream) -> anyhow::Result<
     served.with_context(|| format!("brick {:x}", hello.brick))
 }
 
-fn reply(keeper: &Bricks, brick: Option<&Brick>, refused: String) -> data::HelloReply {
+fn reply(brick: Option<&Brick>, refused: String) -> data::HelloReply {
     data::HelloReply {
         version: frame::VERSION,
         features: 0,
         incarnation: brick.map_or(0, |b| b.registration.incarnation.0),
-        boot: id_bytes(keeper.boot.0),
         refused,
     }
 }
@@ -81,7 +80,7 @@ fn greet(keeper: &Bricks, hello: &data::Hello, answers: &Answers) -> anyhow::Res
         Some(brick) => return Ok(Arc::clone(brick)),
         None => format!("brick {:x} is not open on this server", hello.brick),
     };
-    answers.send(frame::encode(&reply(keeper, brick.as_deref(), refused.clone()), 0));
+    answers.send(frame::encode(&reply(brick.as_deref(), refused.clone()), 0));
     bail!("refused: {refused}");
 }
 

@@ -17,8 +17,8 @@ use prost::Message;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::frame::{self, FrameReader, Receiver};
-use crate::types::{BootId, BrickId, ClusterId, SessionId};
-use crate::wire::{data, id_bytes, id_from};
+use crate::types::{BrickId, ClusterId, SessionId};
+use crate::wire::{data, id_bytes};
 
 /// How long a connection may take to be made, and its hello to be answered.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(1000);
@@ -29,8 +29,8 @@ const SEND_NOW: i32 = 0x40 | 0x4000;
 
 /// What a link tells its owner, from the link's own thread.
 pub(super) trait LinkEvents: Send + Sync {
-    /// There is a connection; the brick's kernel has this boot id.
-    fn up(&self, boot: BootId);
+    /// There is a connection.
+    fn up(&self);
     /// It broke.
     fn down(&self);
     /// A response came.
@@ -164,7 +164,7 @@ impl Link {
         while !self.stopped.load(Ordering::Acquire) {
             let target = self.target.lock().clone();
             match connect(&target) {
-                Ok((mut reader, socket, boot)) => {
+                Ok((mut reader, socket)) => {
                     tracing::debug!(brick = %target.brick, address = target.address, "connected");
                     complained = false;
                     wait = RETRY.0;
@@ -172,7 +172,7 @@ impl Link {
                     if *self.target.lock() != target || self.stopped.load(Ordering::Acquire) {
                         self.hang_up();
                     }
-                    events.up(boot);
+                    events.up();
                     let end = receive(&mut reader, events);
                     {
                         let mut out = self.out.lock();
@@ -199,10 +199,11 @@ impl Link {
     }
 }
 
-type Connected = (FrameReader<Receiver>, Arc<TcpStream>, BootId);
+/// A connection that both sides have said hello on.
+pub type Connected = (FrameReader<Receiver>, Arc<TcpStream>);
 
 fn connect(target: &Target) -> anyhow::Result<Connected> {
-    let (reader, socket, reply) = open(
+    open(
         &target.address,
         &data::Hello {
             version: frame::VERSION,
@@ -213,18 +214,14 @@ fn connect(target: &Target) -> anyhow::Result<Connected> {
             channel: 0,
             from_brick: 0,
         },
-    )?;
-    Ok((reader, socket, BootId(id_from(&reply.boot).unwrap_or(0))))
+    )
 }
 
 /// Connects to a brick and says hello.
 ///
 /// # Errors
 /// When it cannot be reached in a second, or refuses.
-pub fn open(
-    address: &str,
-    hello: &data::Hello,
-) -> anyhow::Result<(FrameReader<Receiver>, Arc<TcpStream>, data::HelloReply)> {
+pub fn open(address: &str, hello: &data::Hello) -> anyhow::Result<Connected> {
     let mut last = anyhow::anyhow!("{address} has no address");
     for at in address.to_socket_addrs()? {
         match open_at(at, hello) {
@@ -235,10 +232,7 @@ pub fn open(
     Err(last)
 }
 
-fn open_at(
-    address: SocketAddr,
-    hello: &data::Hello,
-) -> anyhow::Result<(FrameReader<Receiver>, Arc<TcpStream>, data::HelloReply)> {
+fn open_at(address: SocketAddr, hello: &data::Hello) -> anyhow::Result<Connected> {
     let socket = TcpStream::connect_timeout(&address, CONNECT_TIMEOUT)?;
     socket.set_nodelay(true)?;
     let keepalive =
@@ -255,7 +249,7 @@ fn open_at(
     anyhow::ensure!(reply.refused.is_empty(), "it refuses: {}", reply.refused);
     anyhow::ensure!(reply.version == frame::VERSION, "it speaks version {} of the protocol", reply.version);
     socket.set_read_timeout(None)?;
-    Ok((reader, socket, reply))
+    Ok((reader, socket))
 }
 
 fn receive(reader: &mut FrameReader<Receiver>, events: &dyn LinkEvents) -> Result<(), frame::FrameError> {

@@ -20,7 +20,7 @@ use crate::config::{Configuration, Slot, Slots};
 use crate::coordinator::{Answer, Body, Coordinator, Event, Mutation, Operation, RequestId, Timeouts};
 use crate::frame;
 use crate::metadata::{self, NameOp, Outcome, Query};
-use crate::types::{BootId, ByteRange, ClusterId, ConfigNo, Ino, REGION_BYTES, SetId};
+use crate::types::{ByteRange, ClusterId, ConfigNo, Ino, REGION_BYTES, SetId};
 use crate::wire::{data, session as wire};
 
 /// How often coordinators are told the time.
@@ -118,14 +118,11 @@ struct Port {
     set: SetId,
     slot: Slot,
     up: std::sync::atomic::AtomicBool,
-    /// The boot id of the brick's kernel at the last hello `[E7]`.
-    boot: Mutex<BootId>,
     outstanding: Mutex<HashMap<u64, Asked>>,
 }
 
 impl LinkEvents for Port {
-    fn up(&self, boot: BootId) {
-        *self.boot.lock() = boot;
+    fn up(&self) {
         self.up.store(true, Ordering::Release);
         if let Some(volume) = self.volume.upgrade() {
             volume.tell_set(self.set, &Event::LinkUp(self.slot));
@@ -773,7 +770,6 @@ impl Volume {
                         set: id,
                         slot,
                         up: std::sync::atomic::AtomicBool::new(false),
-                        boot: Mutex::default(),
                         outstanding: Mutex::default(),
                     });
                     links.push(Link::start(target(slot)?, Arc::clone(&port) as Arc<dyn LinkEvents>)?);

@@ -219,7 +219,7 @@ impl World {
     }
 
     pub(super) fn try_connect(&self, hello: &data::Hello) -> anyhow::Result<Client> {
-        let (reader, socket, _) = link::open(&self.address, hello)?;
+        let (reader, socket) = link::open(&self.address, hello)?;
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         Ok(Client { reader, socket, next: 0 })
     }
