@@ -293,7 +293,9 @@ impl Monitor {
             let wants = own.is_some_and(|b| b.failed || b.stopping) || agreed && in_sync;
             let suspected = self.suspected.get(&brick) == Some(&configuration.n);
             let elected_ms = if left_out(Rule::E1Elected) { 0 } else { self.elected_ms };
-            let last = heard.map_or(elected_ms, |h| h.answered_ms.max(elected_ms));
+            // Another start of it that is heard, but could not open the brick and is not registered, speaks for itself only: of
+            // the one that may still serve reads nothing was answered since this one was heard first.
+            let last = heard.map_or(0, |h| if own.is_some() { h.answered_ms } else { h.first_ms }).max(elected_ms);
             let silent = now_ms >= last + self.silence_ms();
             if !wants && !suspected && now_ms < last + self.silence_ms().max(ABSENT_MS) {
                 continue;

@@ -191,3 +191,35 @@ fn a_brick_that_clients_cannot_reach_and_the_leader_cannot_either_goes_when_its_
     cluster.run(200);
     assert_eq!(cluster.states(), [Out, InSync, InSync]);
 }
+
+#[test]
+fn a_brick_whose_server_is_back_without_being_able_to_open_it_is_put_out_and_returns_once_it_is_open() {
+    for suspected in [true, false] {
+        let mut cluster = Cluster::new();
+        cluster.up[0] = false;
+        if suspected {
+            cluster.suspect(Slot(0));
+        }
+        let brick = cluster.replicas[0].brick();
+        let registration = Registration { incarnation: Incarnation(0), boot: BootId(0), clean: false };
+        let unopened = Beat {
+            brick,
+            registration,
+            agreed_under: ConfigNo(0),
+            failed: true,
+            stopping: false,
+            n: ConfigNo(0),
+            missed_empty: Slots::NONE,
+            repaired: false,
+        };
+        let within = if suspected { TIMING.read_lease_ms } else { ABSENT_MS } + 300;
+        for _ in 0..within / STEP_MS {
+            cluster.monitor.heartbeat(&cluster.state, cluster.now_ms, &[unopened]);
+            cluster.run(STEP_MS);
+        }
+        assert_eq!(cluster.states(), [Out, InSync, InSync], "suspected: {suspected}");
+        cluster.up[0] = true;
+        cluster.run(2000);
+        assert_eq!(cluster.states(), ALL_IN);
+    }
+}
