@@ -1,7 +1,7 @@
 # The few things people type. The target directory is outside the clone, so that RocksDB is compiled once per machine.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/mortar/target
 
-.PHONY: help build demo test bench sim bite
+.PHONY: help build demo test bench sim bite soak
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -24,3 +24,9 @@ sim:             ## many simulations: make sim SEEDS=100000
 
 bite:            ## leaves each rule of the protocol out: which seeds notice? make bite SEEDS=1000
 	tests/prepare.sh build && MORTAR_BITE_SEEDS=$(SEEDS) cargo test --workspace --features mortar-tests/leave-out --test bite -- --nocapture
+
+HOURS ?= 2
+soak:            ## real processes under faults for hours: make soak HOURS=2
+	tests/prepare.sh all && cargo build --workspace --bins && \
+	MORTAR_SOAK_GAP=$${MORTAR_SOAK_GAP:-5-60} MORTAR_SOAK_SECONDS=$$(awk 'BEGIN { print int($(HOURS) * 3600) }') \
+	cargo test --workspace --test soak -- --nocapture

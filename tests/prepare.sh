@@ -29,6 +29,8 @@ want qemu-utils qemu-img
 want util-linux losetup
 want fuse3 fusermount3
 want procps pgrep
+want iproute2 ip
+want nftables nft
 want attr setfattr
 want jq jq
 

@@ -5,3 +5,4 @@ pub mod bench;
 pub mod harness;
 pub mod scenarios;
 pub mod sim;
+pub mod soak;
