@@ -12,10 +12,11 @@ use mortar_proto::client::control::Control;
 use mortar_proto::metadata::{Command, Outcome, State};
 use mortar_proto::wire::cluster::cluster_client::ClusterClient;
 use mortar_proto::wire::cluster::{Empty, ServerAddRequest, ServerRemoveRequest};
-use mortar_proto::wire::session::{OpenRequest, session_client::SessionClient};
+use mortar_proto::wire::session::{KeepAlive, OpenRequest, session_client::SessionClient};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
+use tokio_stream::StreamExt;
 
 /// A server with a runtime of its own, so that dropping that is as abrupt as a kill.
 struct Node {
@@ -321,4 +322,35 @@ fn the_session_that_has_every_volume_is_for_the_servers_own_machine_only() {
     };
     assert_eq!(open("127.0.0.2").unwrap_err().code(), tonic::Code::PermissionDenied);
     until("the leader takes its own", || open("127.0.0.1").ok());
+}
+
+#[test]
+fn a_client_that_listens_to_a_leader_hears_that_it_was_elected_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let nodes = cluster(&dir, 3);
+    let all: Vec<&Node> = nodes.iter().collect();
+    let first = leader(&all);
+    let Outcome::Session { session, .. } = open_session(all[first], 7) else { panic!("no session") };
+    let client = client();
+    let mut events = client.block_on(async {
+        let channel = Control::new(Vec::new()).channel(&all[first].address).unwrap();
+        // One keep-alive and then no more: the stream must not need another to end.
+        let beats = tokio_stream::iter([KeepAlive { session: session.0, ..KeepAlive::default() }])
+            .chain(tokio_stream::pending());
+        SessionClient::new(channel).watch(beats).await.unwrap().into_inner()
+    });
+    let elect = |number: usize| {
+        let (runtime, server) = all[number].running.as_ref().expect("it runs");
+        until("it leads", || {
+            runtime.block_on(server.log.stand_for_election()).unwrap();
+            std::thread::sleep(Duration::from_millis(300));
+            (leader(&all) == number).then_some(())
+        });
+    };
+    elect((first + 1) % 3);
+    elect(first);
+    let end = client.block_on(async {
+        tokio::time::timeout(Duration::from_secs(10), async { while let Ok(Some(_)) = events.message().await {} }).await
+    });
+    assert!(end.is_ok(), "the stream is still open, and nobody tells it anything");
 }

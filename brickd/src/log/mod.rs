@@ -236,6 +236,14 @@ impl Log {
         self.raft.metrics().borrow().current_term
     }
 
+    /// Stands for election at once, whoever leads; tests need it.
+    ///
+    /// # Errors
+    /// When the log has stopped.
+    pub async fn stand_for_election(&self) -> anyhow::Result<()> {
+        Ok(self.raft.trigger().elect().await?)
+    }
+
     /// Waits for the next change of leadership or membership.
     pub async fn changed(&self, timeout: Duration) {
         let mut metrics = self.raft.server_metrics();

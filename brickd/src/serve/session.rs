@@ -124,9 +124,12 @@ impl Session for Server {
             let _ = tell.try_send(Ok(Event { event: Some(event::Event::Set(set)) }));
         }
         let now = self.now_ms();
+        // The leader's memory alone keeps the stream open. When that ends with an election, even one that this server wins
+        // again, or drops a client that is too slow, the stream ends, and the client asks anew and is shown everything.
+        let alive = tell.downgrade();
         self.lead(|leader| {
             leader.session_heard(session, now);
-            leader.watch(session, tell.clone());
+            leader.watch(session, tell);
         })?;
         let leader = self.me();
         tokio::spawn(async move {
@@ -137,6 +140,7 @@ impl Session for Server {
                 if !known || server.lead(|l| l.session_kept(session, now, beat.in_flight)).is_err() {
                     return;
                 }
+                let Some(tell) = alive.upgrade() else { return };
                 if tell.try_send(Ok(Event { event: Some(event::Event::Alive(wire::Alive {})) })).is_err() {
                     return;
                 }

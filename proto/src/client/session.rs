@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_stream::StreamExt;
 use tonic::transport::Channel;
@@ -19,6 +19,8 @@ const OPEN_DEADLINE: Duration = Duration::from_secs(15);
 const LEASE_DEADLINE: Duration = Duration::from_secs(30);
 /// How long a release may take; what cannot be released lapses with the session, or is asked for again.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
+/// How often a client asks for everything anew, at most: usually what it lacks is on its way already.
+const REFRESH_EVERY_MS: u64 = 500;
 
 pub(super) fn client(channel: Channel) -> wire::session_client::SessionClient<Channel> {
     wire::session_client::SessionClient::new(channel)
@@ -34,6 +36,9 @@ pub(super) struct Session {
     ttl_ms: AtomicU64,
     lapsed: AtomicBool,
     wake: tokio::sync::Notify,
+    began: Instant,
+    /// When the leader was last asked for everything anew, in milliseconds since `began`.
+    refreshed_ms: AtomicU64,
     ended: AtomicBool,
     /// The administrator ended it for good.
     evicted: AtomicBool,
@@ -50,6 +55,8 @@ impl Session {
             ttl_ms: AtomicU64::new(u64::from(reply.session_ttl_ms.max(500))),
             lapsed: AtomicBool::new(false),
             wake: tokio::sync::Notify::new(),
+            began: Instant::now(),
+            refreshed_ms: AtomicU64::new(0),
             ended: AtomicBool::new(false),
             evicted: AtomicBool::new(false),
         };
@@ -73,6 +80,16 @@ impl Session {
     /// Somebody was told that this session is no more.
     pub(super) fn lapsed(&self, session: SessionId) {
         if session == self.id() && !self.lapsed.swap(true, Ordering::AcqRel) {
+            self.wake.notify_one();
+        }
+    }
+
+    /// A brick knows of something newer than the leader has told: has the leader tell everything anew.
+    pub(super) fn refresh(&self) {
+        let now = self.began.elapsed().as_millis() as u64;
+        let last = self.refreshed_ms.load(Ordering::Acquire);
+        let is_due = last + REFRESH_EVERY_MS <= now;
+        if is_due && self.refreshed_ms.compare_exchange(last, now, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
             self.wake.notify_one();
         }
     }

@@ -579,6 +579,9 @@ impl Volume {
         for (slot, n) in todo.suspect.drain(..) {
             self.suspect(file.id.set, slot, n);
         }
+        if todo.refresh {
+            self.session.refresh();
+        }
         if todo.permit {
             self.repair.lock().wanting.push_back(file.id.ino);
             self.grant_permits();
