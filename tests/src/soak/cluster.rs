@@ -183,6 +183,7 @@ impl Cluster {
             .map(|server| format!("{}:{}", address(server), self.disks[server].brick().display()))
             .collect();
         self.mortar(&format!("volume create {VOLUME} replica 3 {}", bricks.join(" ")))?;
+        self.mortar(&format!("volume set {VOLUME} scrub.rate 0"))?;
         self.mortar(&format!("volume start {VOLUME}"))?;
         Ok(())
     }
@@ -408,6 +409,33 @@ impl Cluster {
             };
             format!("{}\n{}", told(&format!("volume heal {VOLUME} info")), told("server list"))
         })
+    }
+
+    /// Has all bricks read all they have, and waits for the end of that.
+    ///
+    /// # Errors
+    /// When it does not end, or bricks differ and none of them is known to be right.
+    pub fn scrub(&self, limit: Duration, sound: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let look = || -> Vec<Value> {
+            let status = self.mortar(&format!("volume scrub {VOLUME} status")).unwrap_or_default();
+            status["bricks"].as_array().cloned().unwrap_or_default()
+        };
+        let before = look();
+        self.mortar(&format!("volume scrub {VOLUME} start"))?;
+        let mut bricks = Vec::new();
+        until("the bricks are scrubbed", limit, sound, || {
+            bricks = look();
+            let is_new = |(at, brick): (usize, &Value)| {
+                let last = &brick["last_finished"];
+                brick["state"] == "idle" && last.is_u64() && before.get(at).is_none_or(|b| b["last_finished"] != *last)
+            };
+            bricks.len() == SERVERS && bricks.iter().enumerate().all(is_new)
+        })
+        .with_context(|| format!("{bricks:?}"))?;
+        ensure!(bricks.iter().all(|b| b["undecided"] == 0), "nobody knows which brick is right: {bricks:?}");
+        let found: u64 = bricks.iter().filter_map(|b| b["found"].as_u64()).sum();
+        println!("[{:7.1} s]   scrubbed: {found} wrong blocks found", self.timeline.now());
+        Ok(())
     }
 
     /// What was wrong with the disk of this server is mended.

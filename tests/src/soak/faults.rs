@@ -9,8 +9,8 @@ use anyhow::{Context as _, Result};
 use rustix::process::Signal;
 
 use super::cluster::{CLIENTS, Cluster, SERVERS};
-use super::sleep;
 use super::workers::Field;
+use super::{WHOLE, sleep};
 use crate::sim::rng::Rng;
 
 /// Every kind of fault, by the name that it is printed under.
@@ -78,7 +78,7 @@ const NAMES: &[(Kind, &str)] = &[
     (Kind::KillTwo, "two killed, one returns"),
 ];
 
-/// Those of a run that names none. A damaged or missing object is not among them: bricks do not repair it yet.
+/// Those of a run that names none.
 const USUAL: &[Kind] = &[
     Kind::Kill,
     Kind::KillLeader,
@@ -93,6 +93,8 @@ const USUAL: &[Kind] = &[
     Kind::Full,
     Kind::ReadOnly,
     Kind::SlowDisk,
+    Kind::FlipByte,
+    Kind::DeleteObject,
     Kind::KillClient,
     Kind::StopClient,
     Kind::KillAll,
@@ -310,23 +312,26 @@ impl Fault {
         }
     }
 
+    /// What nobody reads is found by a scrub. Until then this brick's copy counts for nothing, so nothing else may be struck.
     fn damage(&self, cluster: &mut Cluster, field: &Field) -> Result<()> {
         let brick = cluster.disks[self.server].brick();
-        let object = std::fs::canonicalize(brick.join(field.name(0)))?;
+        let path = brick.join(field.name(0));
         if self.kind == Kind::FlipByte {
-            let file = std::fs::OpenOptions::new().read(true).write(true).open(&object)?;
+            let file = std::fs::OpenOptions::new().read(true).write(true).open(&path)?;
             let at = self.number % file.metadata()?.len();
             let mut byte = [0];
             file.read_exact_at(&mut byte, at)?;
             file.write_all_at(&[byte[0] ^ 0x10], at)?;
-            return sleep(self.hold, field);
+        } else {
+            cluster.kill(self.server)?;
+            std::fs::remove_file(object_of(&brick, &path)?)?;
+            std::fs::remove_file(&path)?;
+            cluster.start(self.server)?;
         }
-        cluster.kill(self.server)?;
-        let ino = object_of(&brick, &object)?;
-        std::fs::remove_file(ino)?;
-        std::fs::remove_file(&object)?;
-        cluster.start(self.server)?;
-        sleep(self.hold, field)
+        sleep(self.hold, field)?;
+        cluster.wait_until_whole(WHOLE, &mut || field.is_sound())?;
+        cluster.scrub(WHOLE, &mut || field.is_sound())?;
+        cluster.wait_until_whole(WHOLE, &mut || field.is_sound()).map(|_| ())
     }
 
     fn strike_client(&self, cluster: &mut Cluster, field: &Field) -> Result<()> {
