@@ -81,6 +81,10 @@ rules! {
     R2, "R2", "", "Syncing bricks serve reads";
     R3, "R3", "", "a read does not wait for a mutation in flight from the same mount";
     R4, "R4", "", "a read is asked of one brick only";
+    R5Read, "R5", "", "what does not verify is answered";
+    R5Repair, "R5", "", "what is corrupt is not repaired";
+    R5Source, "R5", "", "a pull takes what does not verify at its source";
+    R5Target, "R5", "", "a pull leaves what is corrupt at its target and has the right checksum";
     E1Lapsed, "E1", "E1", "a brick is put out that may still serve reads";
     E1Agreed, "E1", "F-11", "an agreement ends with any later configuration that has the brick InSync";
     E1Elected, "E1", "", "a new leader does not count from its election";

@@ -59,7 +59,11 @@ impl Coordinator {
     /// `InSync` bricks that may have something corrupt, and that another one could give it back to.
     fn mendable(&self) -> Slots {
         let in_sync = self.configuration.in_sync();
-        if in_sync.count() < 2 { Slots::NONE } else { self.doubted.and(in_sync).and(self.links) }
+        if in_sync.count() < 2 || left_out(Rule::R5Repair) {
+            Slots::NONE
+        } else {
+            self.doubted.and(in_sync).and(self.links)
+        }
     }
 
     pub(super) fn advance_repair(&mut self, now_ms: u64, effects: &mut Vec<Effect>) {

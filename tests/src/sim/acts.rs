@@ -70,6 +70,8 @@ pub enum Act {
     FailFlush(usize),
     /// A brick has no space left, or has some again.
     Full(usize, bool),
+    /// A brick's disk changes a block by itself.
+    Flip(usize, Ino, usize),
 }
 
 impl fmt::Display for Act {
@@ -102,6 +104,7 @@ impl fmt::Display for Act {
             Self::FailFlush(s) => write!(f, "b{s} is going to fail its next flush"),
             Self::Full(s, true) => write!(f, "b{s} has no space left"),
             Self::Full(s, false) => write!(f, "b{s} has space again"),
+            Self::Flip(s, ino, block) => write!(f, "the disk of b{s} changes block {block} of {ino}"),
         }
     }
 }
@@ -117,10 +120,10 @@ impl fmt::Display for Node {
 }
 
 impl Act {
-    /// It is a fault, so it ends with the time of faults.
+    /// It is a fault that ends with the time of faults.
     #[must_use]
     pub fn is_fault(&self) -> bool {
-        !matches!(self, Self::Ask(..) | Self::Close(..))
+        !matches!(self, Self::Ask(..) | Self::Close(..) | Self::Flip(..))
     }
 }
 
@@ -163,6 +166,7 @@ impl World {
             }
             Act::FailFlush(s) => self.bricks[s].flush_fails = true,
             Act::Full(s, full) => self.bricks[s].full = full,
+            Act::Flip(s, ino, block) => self.flip(s, ino, block),
         }
     }
 }

@@ -29,6 +29,8 @@ pub struct Job {
     pub(super) sized: bool,
     pub(super) applied: bool,
     pub(super) answer: Answer,
+    /// The sources that a pull has asked.
+    pub(super) tried: Slots,
 }
 
 /// Where something that takes time has come to.
@@ -373,6 +375,7 @@ impl World {
         }
         self.plan(s);
         self.clear_intents(s);
+        self.scrub(s);
         self.stop_cleanly(s);
     }
 

@@ -172,6 +172,7 @@ impl World {
     pub(super) fn is_at_rest(&self) -> bool {
         let c = self.configuration();
         c.in_sync().count() == 3
+            && self.bricks.iter().all(|b| !b.disk.has_rot())
             && self.bricks.iter().enumerate().all(|(s, b)| {
                 b.replica.as_ref().is_some_and(|r| r.is_drained() && c.members[s].incarnation == r.incarnation())
             })

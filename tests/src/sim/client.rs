@@ -178,7 +178,7 @@ impl World {
             let lease = self.leader.log.leases.get(&ino).copied().unwrap_or_default();
             let nobody = lease.holder.is_none();
             let ours = lease.holder.is_some() && lease.holder == self.clients[c].session;
-            if nobody && (repairs || lease.unsettled) {
+            if nobody && (repairs || lease.unsettled || self.is_damaged(ino)) {
                 self.coordinator(c, ino);
                 self.tell(c, ino, Event::Adopt, None);
             } else if ours && self.clients[c].coordinators.get(&ino).is_some_and(Coordinator::is_repaired) {
@@ -371,6 +371,9 @@ impl World {
                         self.fail(|| format!("I2: read {} of c{c}: {why}", op.0));
                     }
                 }
+            }
+            (What::Read { first, count, .. }, Completion::Corrupt) => {
+                self.check_lost(c, pending.ino, first..first + count);
             }
             (What::Flush(ops), Completion::Done) => self.history.flushed(&ops),
             (What::Stat(need), Completion::Stat(stat)) => {

@@ -86,6 +86,8 @@ pub struct Content {
     pub blocks: [u64; BLOCKS],
     /// The size.
     pub size: u64,
+    /// Blocks that do not match their checksums.
+    pub rotten: [bool; BLOCKS],
 }
 
 /// The disk.
@@ -94,6 +96,8 @@ pub struct Disk {
     geometry: Geometry,
     files: BTreeMap<Ino, Data>,
     writes: u64,
+    /// Blocks that the disk has changed by itself since they were written.
+    rotten: BTreeSet<(Ino, usize)>,
     /// Write intents that are recorded.
     intents: BTreeSet<(Ino, u64)>,
     /// Missed regions that are recorded.
@@ -113,6 +117,7 @@ impl Disk {
             geometry,
             files: BTreeMap::new(),
             writes: 0,
+            rotten: BTreeSet::new(),
             intents: BTreeSet::new(),
             missed: BTreeMap::new(),
             clean: false,
@@ -138,9 +143,28 @@ impl Disk {
     /// Everything of a file.
     #[must_use]
     pub fn content(&self, ino: Ino) -> Content {
-        Content { blocks: core::array::from_fn(|b| self.block(ino, b)), size: self.size(ino) }
+        Content {
+            blocks: core::array::from_fn(|b| self.block(ino, b)),
+            size: self.size(ino),
+            rotten: core::array::from_fn(|b| self.is_rotten(ino, b)),
+        }
+    }
+    /// The disk changes a block by itself.
+    pub fn set_rotten(&mut self, ino: Ino, block: usize) {
+        self.rotten.insert((ino, block));
+    }
+    /// A block does not match its checksum.
+    #[must_use]
+    pub fn is_rotten(&self, ino: Ino, block: usize) -> bool {
+        self.rotten.contains(&(ino, block))
+    }
+    /// Some block does not.
+    #[must_use]
+    pub fn has_rot(&self) -> bool {
+        !self.rotten.is_empty()
     }
     fn set_block(&mut self, ino: Ino, block: usize, value: u64) {
+        self.rotten.remove(&(ino, block));
         self.writes += 1;
         let at = self.writes;
         let cell = &mut self.files.entry(ino).or_default().blocks[block];

@@ -9,7 +9,7 @@
 //! | `log`, `monitor` | the metadata log and what its leader proposes |
 //! | `disk` | page cache and durable data, journal records |
 //! | `acts` | what is done to it from outside: drawn by chance, or from a script |
-//! | `faults` | what goes wrong |
+//! | `faults`, `rot` | what goes wrong; what disks change by themselves |
 //! | `history`, `check` | what must be true: I1, I2, I3, I5, I7, I8, I10 |
 //! | `shrink` | the few acts that a failing run needs |
 //! | `rng` | chance |
@@ -26,6 +26,7 @@ pub mod log;
 pub mod monitor;
 pub mod peers;
 pub mod rng;
+pub mod rot;
 pub mod serve;
 pub mod shrink;
 pub mod world;

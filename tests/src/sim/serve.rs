@@ -1,6 +1,7 @@
 //! What a brick's process does with requests: admission, then intents durable, data, missed regions durable, finish, answer,
 //! each a step that takes time.
 
+use mortar_proto::Slots;
 use mortar_proto::coordinator::{Answer, Body, Mutation, Stat};
 use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::replica::{Admission, Purpose, Refusal, Stamp};
@@ -87,7 +88,8 @@ impl World {
             Body::Pull { range, size, doubt, .. } => {
                 Purpose::Pull { range, doubt: doubt.map(|(epoch, seq)| (epoch, seq, size)) }
             }
-            Body::Report { .. } => {
+            Body::Report { range } => {
+                self.look_at(s, wire.ino, range);
                 self.answer(s, wire, Answer::Done, None);
                 return true;
             }
@@ -96,8 +98,16 @@ impl World {
         };
         let stamp = Self::stamp(&wire);
         let admission = self.replica(s).admit(wire.ino, &stamp, purpose, now);
-        let mut job =
-            Job { wire, purpose, ticket: None, missed: Vec::new(), sized: false, applied: true, answer: Answer::Done };
+        let mut job = Job {
+            wire,
+            purpose,
+            ticket: None,
+            missed: Vec::new(),
+            sized: false,
+            applied: true,
+            answer: Answer::Done,
+            tried: Slots::NONE,
+        };
         match admission {
             Admission::Wait => return false,
             Admission::Refused(Refusal::Stale { n, epoch }) => self.answer(s, wire, Answer::Stale { n, epoch }, None),
@@ -131,6 +141,7 @@ impl World {
             Body::Pull { from, .. } => {
                 let number = self.number();
                 let ask = Peer::Ask(number, job.wire);
+                job.tried.insert(from);
                 self.bricks[s].pulls.insert(number, job);
                 self.say(s, from.index(), ask);
                 self.later(s, TIMEOUTS.io_timeout_ms / 2, Step::PullLate(number));
@@ -185,6 +196,7 @@ impl World {
                     range.start / mortar_proto::types::REGION_BYTES
                 };
                 self.replica(s).pulled_region(job.wire.ino, region);
+                self.settle_damage(s, job.wire.ino, region);
             }
         }
         self.answer(s, job.wire, job.answer, None);
@@ -288,9 +300,9 @@ impl World {
     }
 
     pub(super) fn serve_read(&mut self, s: usize, wire: Wire) {
-        let content = self.bricks[s].disk.content(wire.ino);
+        let mut content = self.bricks[s].disk.content(wire.ino);
         let answer = match wire.request.body {
-            Body::Read(_) => Answer::Bytes,
+            Body::Read(range) => self.read_of_corrupt(s, wire.ino, range, &mut content).unwrap_or(Answer::Bytes),
             Body::Stat => Answer::Stat(Stat { size: content.size, blocks: 0, mtime_ns: 0 }),
             _ => Answer::Seek(None),
         };
@@ -354,9 +366,8 @@ impl World {
             if size {
                 self.bricks[s].disk.set_size(ino, content.size);
             }
-            let blocks: Vec<usize> = self.geometry.blocks(range).collect();
-            for block in blocks {
-                self.bricks[s].disk.write(ino, block, content.blocks[block]);
+            if !self.take_pulled(s, &mut job, &content) {
+                return;
             }
             job.sized = size;
             self.event(|| {

@@ -127,6 +127,8 @@ pub enum Happening {
     LeaderTick,
     /// Chance decides what goes wrong.
     Fault,
+    /// A disk changes a block by itself.
+    Rot,
     /// Something is done from outside.
     Act(Act),
     /// A cut has lasted long enough for the connections to break.
@@ -161,6 +163,8 @@ pub struct World {
     pub rng: Rng,
     /// What decides on acts; apart from the dice, so that a script of the same acts meets the same dice.
     pub chaos: Rng,
+    /// The dice of what disks change.
+    pub rot: Rng,
     /// The acts come from a script.
     pub scripted: bool,
     /// What was done so far.
@@ -254,6 +258,7 @@ impl World {
             seen: BTreeMap::new(),
             rng,
             chaos: Rng::new(!seed),
+            rot: super::rot::dice(seed),
             scripted: play.script.is_some(),
             done: Script::new(),
         };
@@ -276,7 +281,10 @@ impl World {
                     world.after_chance(at.saturating_sub(world.now), Happening::Act(*act));
                 }
             }
-            None => world.after_chance(500, Happening::Fault),
+            None => {
+                world.after_chance(500, Happening::Fault);
+                world.begin_to_rot();
+            }
         }
         world
     }
@@ -480,6 +488,7 @@ impl World {
                 self.after(50, Happening::LeaderTick);
             }
             Happening::Fault => self.fault(),
+            Happening::Rot => self.rots(),
             Happening::Act(act) => self.act(act),
             Happening::CutNoticed(a, b) => {
                 if self.cut_until(a, b).is_some()

@@ -60,7 +60,7 @@ impl Objects {
     }
 
     /// As [`Objects::unsound`], of a range of at most a region, read from the disk itself whatever the page cache has; and the
-    /// bytes that were read. What is corrupt there is taken out of the page cache, so that everybody sees it.
+    /// bytes of blocks that are no holes. What is corrupt there is taken out of the page cache, so that everybody sees it.
     ///
     /// # Errors
     /// When the disk refuses.
@@ -93,7 +93,9 @@ impl Objects {
             // If it stays there, it is found again when it has gone.
             let _ = rustix::fs::fadvise(&object.data, range.start, length, rustix::fs::Advice::DontNeed);
         }
-        Ok((blocks, piece.len()))
+        let sums = object.sums_of(piece.start / BLOCK_BYTES, piece.to_blocks().len() as usize / BLOCK)?;
+        let used = sums.chunks_exact(SUM).filter(|sum| sum.iter().any(|b| *b != 0)).count();
+        Ok((blocks, used as u64 * BLOCK_BYTES))
     }
 
     /// The first byte from `offset` on of a block that has data or a sum.

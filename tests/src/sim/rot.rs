@@ -1,0 +1,209 @@
+//! Bytes that a disk changes by itself: a block then does not match its checksum `[R5]`, until it is written over. Readers are told
+//! so, pulls take another source, the brick remembers, and a scrub finds what nobody reads.
+//!
+//! A block is struck only on an `InSync` brick, and while another one holds it durably and all are sound: whatever happens then,
+//! one brick has it. So a read fails by it only while the bricks that have it are not in sync, and at rest nothing corrupt may be
+//! left. Disks go on with it after all other faults have stopped. What an unclean stop does to a corrupt block in an extent with
+//! intent (its checksum is made anew `[S3]`) is not played here.
+
+use mortar_proto::BrickState;
+use mortar_proto::coordinator::{Answer, Body};
+use mortar_proto::interval::IntervalSet;
+use mortar_proto::left_out::{Rule, left_out};
+use mortar_proto::types::{BLOCK_BYTES, ByteRange, Ino, REGION_BYTES};
+
+use super::acts::Act;
+use super::brick::{Job, Peer, Step};
+use super::disk::{BLOCKS, Content};
+use super::rng::Rng;
+use super::world::{Happening, TIMEOUTS, World, slot};
+
+/// What a changed block reads as: no operation wrote it.
+const NONSENSE: u64 = u64::MAX;
+/// How many of a thousand runs have it.
+const RUNS_PERMILLE: u64 = 300;
+/// How often a brick looks for it by itself, in thousandths of its turns.
+const SCRUB_PERMILLE: u64 = 10;
+
+/// The dice of what disks change: apart from all others, so that a run without it is played as ever.
+#[must_use]
+pub fn dice(seed: u64) -> Rng {
+    Rng::new(seed.rotate_left(23) ^ 0x0dd_b175)
+}
+
+impl World {
+    /// Whether this run has it.
+    pub(super) fn begin_to_rot(&mut self) {
+        if self.rot.chance(RUNS_PERMILLE) {
+            let first = self.rot.between(500, 2000);
+            self.after_chance(first, Happening::Rot);
+        }
+    }
+
+    /// Some disk changes some block.
+    pub(super) fn rots(&mut self) {
+        if self.winding_down {
+            return;
+        }
+        let next = self.rot.delay(500, 3000) + 20;
+        self.after_chance(next, Happening::Rot);
+        let (s, ino) = (self.rot.index(3), self.files[self.rot.index(self.files.len())]);
+        let block = self.rot.index(BLOCKS);
+        if self.can_spare(s, ino, block) {
+            self.act(Act::Flip(s, ino, block));
+        }
+    }
+
+    /// This brick and another one are `InSync` and hold a block durably, and it is corrupt nowhere.
+    fn can_spare(&self, s: usize, ino: Ino, block: usize) -> bool {
+        let configuration = self.configuration();
+        let value = self.bricks[s].disk.block(ino, block);
+        let holds = |s: &usize| {
+            let disk = &self.bricks[*s].disk;
+            let is_durable = (disk.block(ino, block), disk.durable(ino, block)) == (value, value);
+            configuration.state(slot(*s)) == BrickState::InSync && is_durable
+        };
+        let is_sound = (0..3).all(|s| !self.bricks[s].disk.is_rotten(ino, block));
+        value != 0 && is_sound && holds(&s) && (0..3).filter(holds).count() >= 2
+    }
+
+    pub(super) fn flip(&mut self, s: usize, ino: Ino, block: usize) {
+        if self.can_spare(s, ino, block) {
+            self.count("flipped");
+            self.bricks[s].disk.set_rotten(ino, block);
+        }
+    }
+
+    /// A read failed because something of it is corrupt: on every `InSync` brick, as far as this client can know.
+    pub(super) fn check_lost(&mut self, c: usize, ino: Ino, blocks: core::ops::Range<usize>) {
+        self.count("read of what is corrupt everywhere");
+        let configuration = self.configuration();
+        let is_current = self.clients[c].configuration.is_some_and(|known| known.n == configuration.n);
+        let is_lost = |b: usize| configuration.in_sync().iter().all(|s| self.bricks[s.index()].disk.is_rotten(ino, b));
+        if is_current && !blocks.clone().any(is_lost) {
+            self.fail(|| {
+                format!("R5: a read of c{c} fails, but each of blocks {blocks:?} is sound on an InSync brick")
+            });
+        }
+    }
+
+    /// Blocks of a range that do not verify on a brick.
+    fn corrupt_in(&self, s: usize, ino: Ino, range: ByteRange) -> Vec<usize> {
+        self.geometry.blocks(range).filter(|b| self.bricks[s].disk.is_rotten(ino, *b)).collect()
+    }
+
+    /// The answer to a read, if something of it does not verify.
+    pub(super) fn read_of_corrupt(
+        &mut self,
+        s: usize,
+        ino: Ino,
+        range: ByteRange,
+        content: &mut Content,
+    ) -> Option<Answer> {
+        let corrupt = self.corrupt_in(s, ino, range);
+        if corrupt.is_empty() {
+            return None;
+        }
+        self.count("read of a corrupt block");
+        if left_out(Rule::R5Read) {
+            corrupt.into_iter().for_each(|b| content.blocks[b] = NONSENSE);
+            return None;
+        }
+        let number = |b: &usize| self.geometry.offset(*b) / BLOCK_BYTES;
+        Some(Answer::Corrupt(corrupt.iter().map(number).map(|n| n..n + 1).collect()))
+    }
+
+    /// The brick looks for itself, and remembers what is to be repaired.
+    pub(super) fn look_at(&mut self, s: usize, ino: Ino, range: ByteRange) {
+        let region = |b: usize| self.geometry.offset(b) / REGION_BYTES;
+        let regions: IntervalSet = self.corrupt_in(s, ino, range).into_iter().map(region).map(|r| r..r + 1).collect();
+        for due in self.replica(s).damage_due(ino, &regions) {
+            self.bricks[s].disk.record_missed(slot(s), ino, due.clone());
+            self.replica(s).damage_recorded(ino, due);
+        }
+    }
+
+    /// Now and then a brick scrubs, and looks again at what nobody could give back.
+    pub(super) fn scrub(&mut self, s: usize) {
+        if self.bricks[s].disk.has_rot() && self.rng.chance(SCRUB_PERMILLE) {
+            for ino in self.files.clone() {
+                self.look_at(s, ino, ByteRange::ALL);
+            }
+            self.replica(s).try_damaged_again();
+        }
+    }
+
+    /// Something on an `InSync` brick is to be repaired in this file.
+    pub(super) fn is_damaged(&self, ino: Ino) -> bool {
+        let lists = |s: usize| {
+            let replica = self.bricks[s].replica.as_ref().filter(|r| r.is_live() && r.state() == BrickState::InSync);
+            replica.and_then(|r| r.repair_list(slot(s), ino)).is_some_and(|regions| !regions.is_empty())
+        };
+        (0..3).any(lists)
+    }
+
+    /// Writes what a source sent, as far as it verifies there; what does not is asked of another one. False: it goes on later,
+    /// or was refused.
+    pub(super) fn take_pulled(&mut self, s: usize, job: &mut Job, content: &Content) -> bool {
+        let (ino, Body::Pull { range, doubt, .. }) = (job.wire.ino, job.wire.request.body) else { return true };
+        let mut lost = Vec::new();
+        for block in self.geometry.blocks(range).collect::<Vec<usize>>() {
+            let disk = &mut self.bricks[s].disk;
+            let is_sound = !disk.is_rotten(ino, block) || left_out(Rule::R5Target);
+            if disk.block(ino, block) == content.blocks[block] && is_sound {
+                continue;
+            }
+            if content.rotten[block] && left_out(Rule::R5Source) {
+                disk.write(ino, block, NONSENSE);
+            } else if content.rotten[block] {
+                lost.push(block);
+            } else {
+                disk.write(ino, block, content.blocks[block]);
+            }
+        }
+        if lost.is_empty() {
+            return true;
+        }
+        self.count("source is corrupt");
+        if doubt.is_some() {
+            job.applied = false;
+            job.answer = Answer::SourceCorrupt;
+            return true;
+        }
+        let in_sync = self.replica(s).configuration().map(|c| c.in_sync()).unwrap_or_default();
+        match in_sync.minus(job.tried).without(slot(s)).iter().next() {
+            Some(other) => {
+                let number = self.number();
+                job.tried.insert(other);
+                self.bricks[s].pulls.insert(number, job.clone());
+                self.say(s, other.index(), Peer::Ask(number, job.wire));
+                self.later(s, TIMEOUTS.io_timeout_ms / 2, Step::PullLate(number));
+                false
+            }
+            // An InSync brick keeps its own; of others nobody knows whether it is old.
+            None => {
+                if !in_sync.has(slot(s)) {
+                    for block in lost {
+                        self.bricks[s].disk.write(ino, block, content.blocks[block]);
+                        self.bricks[s].disk.set_rotten(ino, block);
+                    }
+                }
+                true
+            }
+        }
+    }
+
+    /// A region was pulled: it is struck off if it is sound now.
+    pub(super) fn settle_damage(&mut self, s: usize, ino: Ino, region: u64) {
+        if !self.replica(s).is_damaged(ino, region) {
+            return;
+        }
+        if self.corrupt_in(s, ino, ByteRange::at(region * REGION_BYTES, REGION_BYTES)).is_empty() {
+            self.count("corrupt block repaired");
+            self.replica(s).damage_repaired(ino, region);
+            self.bricks[s].disk.forget_missed(slot(s), ino, region..region + 1);
+        } else {
+            self.replica(s).give_up(ino, region);
+        }
+    }
+}
