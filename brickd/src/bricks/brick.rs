@@ -401,6 +401,7 @@ impl Brick {
             incarnation: self.registration.incarnation.0,
             boot: id_bytes(self.registration.boot.0),
             clean: self.registration.clean,
+            known: replica.configuration().map_or(0, |c| c.n.0),
             agreed_under: replica.agreed_under().0,
             failed,
             n: report.map_or(0, |r| r.n.0),

@@ -129,6 +129,7 @@ impl Server {
                     boot: BootId(id_from(&b.boot).unwrap_or(0)),
                     clean: b.clean,
                 },
+                known: ConfigNo(b.known),
                 agreed_under: ConfigNo(b.agreed_under),
                 failed: !b.failed.is_empty(),
                 stopping: b.stopping,

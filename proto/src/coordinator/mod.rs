@@ -26,6 +26,8 @@
 
 mod mutate;
 mod read;
+#[cfg(test)]
+mod recalls;
 mod recover;
 mod repair;
 mod requests;
@@ -513,6 +515,10 @@ impl Coordinator {
                 }
                 if epoch == self.epoch && !matches!(self.phase, Phase::Idle | Phase::Acquiring) {
                     self.release_wanted = true;
+                } else if epoch > self.epoch && matches!(self.phase, Phase::Idle) {
+                    // [W1] A request that was sent again, or came late, was granted after its sender had what it wanted:
+                    // nobody here wants this lease, or would ever give it back.
+                    effects.push(Effect::ReleaseLease { epoch, finished: false });
                 } else if epoch > self.epoch {
                     self.recalled_early = Some(epoch);
                 }

@@ -44,8 +44,9 @@ impl State {
             .any(|i| matches!(&i.node, super::state::Node::File { set: s, lease } if *s == set && lease.epoch.0 > 0))
     }
 
-    /// [E5] A brick has started: it becomes `Syncing`, and `n + 1` even if it was so already. The very first start of a brick
-    /// of an unused set leaves it `InSync`: there is nothing that it could lack.
+    /// [E5] A brick has started: it becomes `Syncing`, and `n + 1` even if it was so already. One that has been `InSync` since
+    /// its set was made stays so at its very first start, and as long as the set is unused: there is nothing that it could
+    /// lack, for what was acknowledged was so by every `InSync` brick [W3], and it has never answered anything.
     pub(super) fn register(
         &mut self,
         brick: BrickId,
@@ -59,7 +60,8 @@ impl State {
         if registration.incarnation == Incarnation(0) || member.incarnation == registration.incarnation {
             return Outcome::Superseded;
         }
-        let fresh = member.state == BrickState::InSync && self.is_unused(set);
+        let first = member.incarnation == Incarnation(0);
+        let fresh = member.state == BrickState::InSync && (first || self.is_unused(set));
         let others = configuration.in_sync().without(slot);
         let other = others.iter().any(|s| configuration.members[s.index()].incarnation != Incarnation(0));
         if member.state == BrickState::InSync && !fresh && !other {

@@ -6,7 +6,7 @@ use core::fmt;
 
 use mortar_proto::types::Ino;
 
-use super::world::{Node, World};
+use super::world::{Happening, Node, World};
 
 /// What an application asks for, in blocks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,6 +34,8 @@ pub enum Ask {
     Flush,
     /// `stat(2)`
     Stat,
+    /// Make a further file and remove it again.
+    Name,
 }
 
 /// Something that is done to the world from outside.
@@ -60,8 +62,10 @@ pub enum Act {
     Cut(Node, Node, u64),
     /// A client's connection to a brick breaks.
     Break(usize, usize),
-    /// The leader does nothing for so long.
-    PauseLeader(u64),
+    /// A voter of the metadata log does nothing for so long.
+    PauseVoter(usize, u64),
+    /// A voter's process dies and comes back after so many milliseconds.
+    KillVoter(usize, u64),
     /// Another leader is elected.
     Elect,
     /// A brick is asked to stop cleanly.
@@ -87,6 +91,7 @@ impl fmt::Display for Act {
             }
             Self::Ask(c, ino, Ask::Flush) => write!(f, "c{c} flushes {ino}"),
             Self::Ask(c, ino, Ask::Stat) => write!(f, "c{c} asks for the size of {ino}"),
+            Self::Ask(c, _, Ask::Name) => write!(f, "c{c} makes a file and removes it"),
             Self::Close(c, ino) => write!(f, "c{c} closes {ino}, which has failed"),
             Self::Crash(c, down) => write!(f, "c{c} crashes, and starts again after {down} ms"),
             Self::Kill { brick, power: false, down_ms } => {
@@ -98,7 +103,8 @@ impl fmt::Display for Act {
             Self::Pause(s, for_ms) => write!(f, "b{s} stands still for {for_ms} ms"),
             Self::Cut(from, to, for_ms) => write!(f, "what {from} sends to {to} is held up for {for_ms} ms"),
             Self::Break(c, s) => write!(f, "the connection of c{c} to b{s} breaks"),
-            Self::PauseLeader(for_ms) => write!(f, "the leader stands still for {for_ms} ms"),
+            Self::PauseVoter(v, for_ms) => write!(f, "v{v} stands still for {for_ms} ms"),
+            Self::KillVoter(v, down_ms) => write!(f, "v{v} is killed, and starts after {down_ms} ms"),
             Self::Elect => write!(f, "another leader is elected"),
             Self::Stop(s) => write!(f, "b{s} is asked to stop"),
             Self::FailFlush(s) => write!(f, "b{s} is going to fail its next flush"),
@@ -114,7 +120,7 @@ impl fmt::Display for Node {
         match self {
             Self::Client(c) => write!(f, "c{c}"),
             Self::Brick(s) => write!(f, "b{s}"),
-            Self::Leader => write!(f, "the leader"),
+            Self::Voter(v) => write!(f, "v{v}"),
         }
     }
 }
@@ -151,14 +157,21 @@ impl World {
                 self.count(if power { "power cut" } else { "kill" });
                 self.stop_brick(brick, power, down_ms);
             }
-            Act::Pause(s, for_ms) => self.bricks[s].paused_until = self.now + for_ms,
+            Act::Pause(s, for_ms) => self.pause(Node::Brick(s), for_ms),
             Act::Cut(from, to, for_ms) => self.cut(from, to, for_ms),
             Act::Break(c, s) => self.break_link(c, s),
-            Act::PauseLeader(for_ms) => self.leader.paused_until = self.now + for_ms,
-            Act::Elect => {
-                let now = self.now;
-                self.leader.elected(now);
+            Act::PauseVoter(v, for_ms) => self.pause(Node::Voter(v), for_ms),
+            Act::KillVoter(v, down_ms) if self.quorum.together => {
+                self.stop_brick(v, false, down_ms);
             }
+            Act::KillVoter(v, down_ms) => {
+                self.count("kill of a voter");
+                if self.quorum.voters[v].up {
+                    self.stop_voter(v);
+                    self.after(down_ms, Happening::VoterStart(v));
+                }
+            }
+            Act::Elect => self.elect(),
             Act::Stop(s) => {
                 if self.bricks[s].is_up() && self.bricks[s].stopping.is_none() {
                     self.bricks[s].stopping = Some(self.now);

@@ -13,11 +13,12 @@ use mortar_proto::metadata::command::Registration;
 use mortar_proto::metadata::monitor::Beat;
 use mortar_proto::replica::{Purpose, Replica, Ticket};
 use mortar_proto::types::{BootId, BrickId, ConfigNo, Ino, LogIndex};
-use mortar_proto::{BrickState, Incarnation, Slot, Slots};
+use mortar_proto::{BrickState, Configuration, Incarnation, Slot, Slots};
 
 use super::disk::{Content, Disk, Geometry};
 use super::leader::ToLeader;
-use super::world::{Connection, Happening, Node, TIMING, Wire, World, slot};
+use super::quorum::lease_of;
+use super::world::{Connection, Happening, Node, Wire, World, slot};
 
 /// A request under way.
 #[derive(Clone, Debug)]
@@ -58,8 +59,8 @@ pub enum Step {
     Repaired(ConfigNo, u64),
     /// A task of the above has taken too long.
     TaskLate(u64),
-    /// The last flush of a clean stop has ended.
-    Stop(u64),
+    /// The last flush of a clean stop has ended: it began at this write, and then.
+    Stop(u64, u64),
 }
 
 /// What bricks say to each other.
@@ -100,6 +101,10 @@ pub(super) struct Task {
 
 /// A brick.
 pub struct Brick {
+    /// Its number in the log.
+    pub id: BrickId,
+    /// Which voter it believes to lead.
+    pub voter: usize,
     /// Its process, if it runs.
     pub replica: Option<Replica>,
     /// Counts starts and ends of the process.
@@ -122,10 +127,14 @@ pub struct Brick {
     pub(super) pulls: BTreeMap<u64, Job>,
     pub(super) task: Option<Task>,
     pub(super) clearing: bool,
-    registration: Registration,
+    pub(super) registration: Registration,
     /// It is stopping cleanly, since then.
     pub stopping: Option<u64>,
     pub(super) stop_flushing: bool,
+    /// It takes no more requests, for it stops.
+    pub(super) closed: bool,
+    /// It was `InSync` since it started.
+    pub(super) was_in_sync: bool,
     /// Its next flush fails.
     pub flush_fails: bool,
     /// Writes fail for want of space.
@@ -139,8 +148,11 @@ pub struct Brick {
 impl Brick {
     /// A brick that has not started.
     #[must_use]
-    pub fn new(index: usize, geometry: Geometry, incarnation: Incarnation, boot: BootId) -> Self {
+    pub fn new(index: usize, geometry: Geometry, id: BrickId) -> Self {
+        let (incarnation, boot) = (Incarnation(index as u64 + 1), BootId(index as u128 + 1));
         Self {
+            id,
+            voter: 0,
             replica: None,
             generation: 0,
             boot,
@@ -157,6 +169,8 @@ impl Brick {
             registration: Registration { incarnation, boot, clean: false },
             stopping: None,
             stop_flushing: false,
+            closed: false,
+            was_in_sync: false,
             flush_fails: false,
             full: false,
             clock_offset: index as u64 * 7_000,
@@ -206,36 +220,27 @@ impl World {
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
         brick.disk.forgive_flushes();
-        let replica = Replica::new(BrickId(s as u64 + 10), slot(s), incarnation, brick.disk.recorded());
+        let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded());
         brick.replica = Some(replica);
         brick.stopping = None;
         brick.stop_flushing = false;
+        brick.closed = false;
+        brick.was_in_sync = false;
         brick.flush_fails = false;
         brick.full = false;
         let generation = brick.generation;
         let registration = brick.registration;
         self.event(|| format!("b{s} starts {registration:?}"));
-        // The log's state as this server had applied it durably.
-        let applied = self.bricks[s].applied;
-        let mut configuration = None;
-        let mut leases = BTreeMap::new();
-        for effect in self.leader.log.entries[..applied].iter().flatten() {
-            match effect {
-                Effect::Configured { configuration: c, .. } => configuration = Some(*c),
-                Effect::Leased { ino, epoch, holder, .. } => {
-                    leases.insert(*ino, (*epoch, *holder));
-                }
-                _ => {}
-            }
+        // Its server goes through the log once more, from its last snapshot on.
+        let snapshot =
+            if self.rng.chance(500) { self.bricks[s].applied } else { self.rng.index(self.bricks[s].applied + 1) };
+        self.bricks[s].applied = 0;
+        if snapshot > 0 {
+            self.take_whole(s, snapshot);
         }
-        if let Some(c) = configuration {
-            let entered = self.replica(s).configured(c, None);
-            debug_assert!(entered.is_empty());
+        if self.quorum.together && !self.quorum.voters[s].up {
+            self.start_voter(s);
         }
-        for (ino, (epoch, holder)) in leases {
-            self.replica(s).leased(ino, epoch, holder);
-        }
-        self.replica(s).applied(LogIndex(applied as u64));
         self.after(0, Happening::Apply(s, generation));
         self.after(1, Happening::BrickTick(s, generation));
     }
@@ -265,6 +270,9 @@ impl World {
             brick.will_start = true;
             self.after(down_ms, Happening::Start(s));
         }
+        if self.quorum.together {
+            self.stop_voter(s);
+        }
         for client in 0..self.clients.len() {
             let number = self.clients[client].links[s];
             if number != 0 {
@@ -275,42 +283,26 @@ impl World {
     }
 
     pub(super) fn apply_log(&mut self, s: usize) {
-        if self.cut_until(Node::Leader, Node::Brick(s)).is_some() {
+        let Some(leads) = self.quorum.leads else { return };
+        if !self.quorum.voters[leads].up || self.cut_until(Node::Voter(leads), Node::Brick(s)).is_some() {
             return;
         }
         let mut applied = false;
-        while self.bricks[s].applied < self.leader.log.entries.len() {
+        while self.bricks[s].applied < self.quorum.entries.len() {
             // Entries come one by one, and now and then a while apart.
             if self.rng.chance(150) {
                 let (generation, delay) = (self.bricks[s].generation, self.rng.delay(self.delay_ms, 1500));
                 self.after(delay, Happening::Apply(s, generation));
                 break;
             }
-            let behind = self.leader.log.entries.len() - self.bricks[s].applied;
-            // One that lags gets the state that several entries add up to.
-            let many = if behind > 3 && self.rng.chance(300) { 1 + self.rng.index(behind) } else { 1 };
-            let index = self.bricks[s].applied + many - 1;
-            let effects = self.effects_of(s, index, many);
-            for effect in effects {
-                match effect {
-                    Effect::Configured { configuration, cold_start, .. } => {
-                        for (x, ino, regions) in self.replica(s).configured(configuration, cold_start) {
-                            self.bricks[s].disk.record_missed(x, ino, regions);
-                        }
-                        for (x, ino) in self.replica(s).forget_missed_of_in_sync() {
-                            self.bricks[s].disk.forget_all_missed(x, ino);
-                        }
-                        self.note(|| format!("b{s} applies n={}", configuration.n));
-                    }
-                    Effect::Leased { ino, epoch, holder, .. } => {
-                        self.replica(s).leased(ino, epoch, holder);
-                        self.note(|| format!("b{s} applies {ino:?} e={epoch} holder={holder}"));
-                    }
-                    _ => {}
-                }
+            let behind = self.quorum.entries.len() - self.bricks[s].applied;
+            // One that lags gets a snapshot.
+            if behind > 3 && self.rng.chance(300) {
+                let index = self.bricks[s].applied + 1 + self.rng.index(behind);
+                self.take_whole(s, index);
+            } else {
+                self.take_entry(s);
             }
-            self.bricks[s].applied = index + 1;
-            self.replica(s).applied(LogIndex(index as u64 + 1));
             applied = true;
         }
         if applied {
@@ -318,44 +310,67 @@ impl World {
         }
     }
 
-    /// What the `many` entries up to `index` change for a brick.
-    fn effects_of(&self, s: usize, index: usize, many: usize) -> Vec<Effect> {
-        let all = self.leader.log.entries[index + 1 - many..=index].iter().flatten();
-        if many == 1 {
-            return all.cloned().collect();
-        }
-        let (mut configured, mut source, mut leases) = (None, None, BTreeMap::new());
-        for effect in all {
+    /// The next entry.
+    fn take_entry(&mut self, s: usize) {
+        let index = self.bricks[s].applied;
+        for effect in self.quorum.entries[index].effects.clone() {
             match effect {
-                Effect::Configured { configuration, cold_start, .. } => {
-                    let me = configuration.members[s];
-                    if me.state != BrickState::InSync || me.incarnation != self.bricks[s].incarnation {
-                        source = None;
-                    } else if *cold_start == Some(slot(s)) {
-                        source = *cold_start;
-                    }
-                    configured = Some(effect.clone());
+                Effect::Configured { configuration, cold_start, .. } => self.configured(s, configuration, cold_start),
+                Effect::Leased { ino, epoch, holder, .. } => {
+                    self.replica(s).leased(ino, epoch, holder);
+                    self.note(|| format!("b{s} applies {ino:?} e={epoch} holder={holder}"));
                 }
-                Effect::Leased { ino, .. } => {
-                    leases.insert(*ino, effect.clone());
-                }
+                Effect::Reclaimed { ino, .. } => self.replica(s).reclaimed(ino),
                 _ => {}
             }
         }
-        if let Some(Effect::Configured { cold_start, .. }) = &mut configured {
-            *cold_start = source;
+        self.bricks[s].applied = index + 1;
+        self.replica(s).applied(LogIndex(index as u64 + 1));
+    }
+
+    /// The state as it is after so many entries.
+    fn take_whole(&mut self, s: usize, index: usize) {
+        let state = std::rc::Rc::clone(&self.quorum.entries[index - 1].state);
+        let Some(row) = state.sets.get(&self.quorum.set) else { return };
+        // [E6] A cold start with this brick as source may be among what was not told one by one.
+        let known = self.replica(s).configuration().map_or(row.configuration.n, |c| c.n);
+        let boot = self.bricks[s].registration.boot;
+        let cold_start = row.cold_starts.iter().any(|(n, of)| *n > known && *of == boot).then_some(slot(s));
+        self.configured(s, row.configuration, cold_start);
+        for ino in state.inodes.keys() {
+            if let Some(lease) = lease_of(&state, *ino) {
+                self.replica(s).leased(*ino, lease.epoch, lease.holder.unwrap_or_default());
+            }
         }
-        configured.into_iter().chain(leases.into_values()).collect()
+        self.note(|| format!("b{s} takes the state as of {index}"));
+        self.bricks[s].applied = index;
+        self.replica(s).applied(LogIndex(index as u64));
+    }
+
+    fn configured(&mut self, s: usize, configuration: Configuration, cold_start: Option<Slot>) {
+        if self.replica(s).configuration().is_some_and(|c| c.n >= configuration.n) {
+            return;
+        }
+        for (x, ino, regions) in self.replica(s).configured(configuration, cold_start) {
+            self.bricks[s].disk.record_missed(x, ino, regions);
+        }
+        for (x, ino) in self.replica(s).forget_missed_of_in_sync() {
+            self.bricks[s].disk.forget_all_missed(x, ino);
+        }
+        let is_in_sync = self.replica(s).is_live() && self.replica(s).state() == BrickState::InSync;
+        self.bricks[s].was_in_sync |= is_in_sync;
+        self.event(|| format!("b{s} applies n={}", configuration.n));
     }
 
     pub(super) fn beat_answered(&mut self, s: usize, sent_ms: u64, commit: LogIndex, agree: bool) {
         let now = self.brick_now(s);
+        let read_lease_ms = self.quorum.timing.read_lease_ms;
         let replica = self.replica(s);
+        let from_ms = if left_out(Rule::R1Sent) { now } else { sent_ms };
+        replica.lease_answered(from_ms + read_lease_ms, commit);
         if agree {
             replica.agree_to_out();
         }
-        let from_ms = if left_out(Rule::R1Sent) { now } else { sent_ms };
-        replica.lease_answered(from_ms + TIMING.read_lease_ms, commit);
         if agree {
             self.event(|| format!("b{s} agrees to its Out"));
         }
@@ -363,6 +378,12 @@ impl World {
 
     pub(super) fn brick_tick(&mut self, s: usize) {
         self.apply_log(s);
+        if let Some(leads) = self.quorum.leads
+            && self.cut_until(Node::Voter(leads), Node::Brick(s)).is_none()
+            && self.rng.chance(300)
+        {
+            self.bricks[s].voter = leads;
+        }
         let now = self.now;
         let late: Vec<Wire> = self.bricks[s].waiting.iter().filter(|w| w.1 <= now).map(|w| w.0).collect();
         self.bricks[s].waiting.retain(|w| w.1 > now);
@@ -370,7 +391,7 @@ impl World {
             self.answer(s, wire, Answer::Behind, None);
         }
         self.bricks[s].ticks += 1;
-        if self.bricks[s].ticks.is_multiple_of(4) {
+        if self.bricks[s].ticks.is_multiple_of(2) {
             self.beat(s);
         }
         self.plan(s);
@@ -387,6 +408,7 @@ impl World {
         let beat = Beat {
             brick: replica.brick(),
             registration: brick.registration,
+            known: replica.configuration().map_or(ConfigNo(0), |c| c.n),
             agreed_under: replica.agreed_under(),
             failed: replica.has_failed(),
             stopping: brick.stopping.is_some(),
@@ -394,8 +416,8 @@ impl World {
             missed_empty: report.map_or(Slots::NONE, |r| r.missed_empty),
             repaired: report.is_some_and(|r| r.repaired),
         };
-        let generation = brick.generation;
+        let (generation, voter) = (brick.generation, brick.voter);
         let message = ToLeader::Beat { slot: s, generation, sent_ms, beat };
-        self.send(Node::Brick(s), Node::Leader, false, Happening::ToLeader(message));
+        self.send(Node::Brick(s), Node::Voter(voter), false, Happening::ToLeader(voter, message));
     }
 }

@@ -4,7 +4,7 @@ use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
 use mortar_proto::types::Ino;
 
-use super::world::{TIMING, Wire, World};
+use super::world::{Wire, World};
 
 impl World {
     pub(super) fn check_step(&mut self) {
@@ -92,26 +92,29 @@ impl World {
         }
     }
 
-    /// [E2]: a brick that lives stays. [E8]: one that was put out does not return at once.
+    /// [E2]: when a leader proposes to put an `InSync` brick out, it hears another one.
+    pub(super) fn put_out_proposed(&mut self, configuration: &Configuration, slot: Slot) {
+        let silence_ms = (self.quorum.timing.read_lease_ms + self.quorum.timing.clock_margin_ms) * 11 / 10;
+        let lives = |t: Slot| {
+            let (incarnation, at) = self.heard[t.index()];
+            incarnation == configuration.members[t.index()].incarnation && at + silence_ms > self.now
+        };
+        let stays = configuration.in_sync().without(slot);
+        if configuration.state(slot) == BrickState::InSync && !stays.iter().any(lives) {
+            self.fail(|| format!("E2: b{} is to be put out, and nobody who is InSync still lives", slot.0));
+        }
+    }
+
+    /// [E8]: one that was put out does not return at once.
     fn put_out_or_back(&mut self, old: &Configuration, new: &Configuration, cold: Option<Slot>) {
         for s in Slot::ALL.into_iter().filter(|_| cold.is_none()) {
             let (before, after) = (old.members[s.index()], new.members[s.index()]);
             match (before.state, after.state) {
-                (BrickState::Syncing, BrickState::Out) => self.out_since[s.index()] = self.now,
-                (BrickState::InSync, BrickState::Out) => {
-                    self.out_since[s.index()] = self.now;
-                    let silence_ms = TIMING.read_lease_ms + TIMING.clock_margin_ms;
-                    let lives = |t: Slot| {
-                        let (incarnation, at) = self.heard[t.index()];
-                        incarnation == new.members[t.index()].incarnation && at + silence_ms > self.now
-                    };
-                    if !new.in_sync().iter().any(lives) {
-                        self.fail(|| format!("E2: b{} is put out, and nobody who is InSync still lives", s.0));
-                    }
-                }
+                (BrickState::Syncing | BrickState::InSync, BrickState::Out) => self.out_since[s.index()] = self.now,
                 (BrickState::Out, BrickState::Syncing) if before.incarnation == after.incarnation => {
                     let after_ms = self.now - self.out_since[s.index()];
-                    if after_ms < TIMING.back_off_ms {
+                    // By the leader's clock, which may be fast.
+                    if after_ms < self.quorum.timing.back_off_ms * 9 / 10 {
                         self.fail(|| format!("E8: b{} returns after {after_ms} ms", s.0));
                     }
                 }
@@ -139,7 +142,7 @@ impl World {
     /// I5 for one file: its holder has settled what was in doubt [W2], or gives it back, so nothing is in flight.
     pub(super) fn check_settled(&mut self, c: usize, ino: Ino) {
         let configuration = self.configuration();
-        let lease = self.leader.log.leases.get(&ino).copied().unwrap_or_default();
+        let lease = self.quorum.lease(ino);
         let current = self.clients[c].configuration.is_some_and(|known| known.n == configuration.n);
         if !current || lease.holder.is_none() || lease.holder != self.clients[c].session {
             return;
@@ -177,6 +180,6 @@ impl World {
                 b.replica.as_ref().is_some_and(|r| r.is_drained() && c.members[s].incarnation == r.incarnation())
             })
             && self.clients.iter().all(|c| c.up && c.is_quiet())
-            && self.leader.log.leases.values().all(|l| l.holder.is_some() || !l.unsettled)
+            && self.files.iter().map(|f| self.quorum.lease(*f)).all(|l| l.holder.is_some() || !l.unsettled)
     }
 }

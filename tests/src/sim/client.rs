@@ -7,23 +7,19 @@ use mortar_proto::config::{Configuration, Slots};
 use mortar_proto::coordinator::{
     Answer, Body, Completion, Coordinator, Effect, Event, Mutation, OpId, Operation, RequestId,
 };
+use mortar_proto::metadata::NameOp;
 use mortar_proto::types::{BLOCK_BYTES, ByteRange, ConfigNo, Epoch, Ino, SessionId};
 
 use super::acts::{Act, Ask};
 use super::disk::{BLOCKS, Content};
 use super::history::{Kind, Needs, SizeNeed};
-use super::leader::{FromLeader, ToLeader};
+use super::leader::ToLeader;
+use super::quorum::{VOTERS, configuration_of, lease_of};
+use super::session::{Control, Link};
 use super::world::{Connection, Happening, JANITOR, Node, TIMEOUTS, Wire, World, mutation_of, slot};
 
 /// Operations that an application has under way at most.
 const AT_ONCE: usize = 6;
-
-/// What a mount asks the leader for, about one file, one at a time.
-#[derive(Clone, Copy, Debug)]
-enum Control {
-    Acquire,
-    Release { session: SessionId, epoch: Epoch, finished: bool },
-}
 
 /// An operation that an application waits for.
 #[derive(Clone, Debug)]
@@ -38,6 +34,7 @@ enum What {
     Read { first: usize, count: usize, needs: Needs },
     Flush(Vec<OpId>),
     Stat(SizeNeed),
+    Name,
 }
 
 /// A client.
@@ -49,8 +46,9 @@ pub struct Client {
     pub generation: u64,
     /// Its session, as far as it knows.
     pub session: Option<SessionId>,
-    /// Sessions it has had.
-    had: Vec<SessionId>,
+    pub(super) link: Link,
+    /// The janitor's server.
+    pub(super) home: usize,
     /// The newest configuration that it knows.
     pub configuration: Option<Configuration>,
     coordinators: BTreeMap<Ino, Coordinator>,
@@ -59,10 +57,12 @@ pub struct Client {
     /// The number of the connection to each brick; 0: none.
     pub links: [u64; 3],
     pending: BTreeMap<OpId, Pending>,
-    control: BTreeMap<Ino, VecDeque<(u64, Control)>>,
-    last_epoch: BTreeMap<Ino, Epoch>,
-    next_keep_alive: u64,
-    next_control: u64,
+    pub(super) control: BTreeMap<Ino, VecDeque<(u64, Control)>>,
+    pub(super) last_epoch: BTreeMap<Ino, Epoch>,
+    pub(super) names: VecDeque<(u64, OpId, NameOp)>,
+    pub(super) next_control: u64,
+    /// Files that the janitor has in hand.
+    in_hand: BTreeSet<Ino>,
 }
 
 impl Client {
@@ -74,7 +74,8 @@ impl Client {
             up: false,
             generation: 0,
             session: None,
-            had: Vec::new(),
+            link: Link::new(0, 0),
+            home: 0,
             configuration: None,
             coordinators: BTreeMap::new(),
             lost: BTreeSet::new(),
@@ -82,8 +83,9 @@ impl Client {
             pending: BTreeMap::new(),
             control: BTreeMap::new(),
             last_epoch: BTreeMap::new(),
-            next_keep_alive: 0,
+            names: VecDeque::new(),
             next_control: 0,
+            in_hand: BTreeSet::new(),
         }
     }
     /// It still is the one with this number.
@@ -100,8 +102,8 @@ impl Client {
     #[must_use]
     pub fn describe(&self) -> String {
         format!(
-            "c{} session {:?} links {:?} pending {:?} {:#?}",
-            self.index, self.session, self.links, self.pending, self.coordinators
+            "c{} session {:?} {:?} links {:?} control {:?} pending {:?} {:#?}",
+            self.index, self.session, self.link, self.links, self.control, self.pending, self.coordinators
         )
     }
     /// None of its coordinators has anything under way, except for holding leases.
@@ -113,8 +115,15 @@ impl Client {
 
 impl World {
     pub(super) fn start_client(&mut self, c: usize) {
+        let claims: Vec<usize> = (0..VOTERS).filter(|v| self.quorum.voters[*v].claims.is_some()).collect();
+        if c == JANITOR && claims.is_empty() {
+            return self.after(300, Happening::ClientStart(c));
+        }
         let generation = self.number();
         let mut client = Client::new(c);
+        client.home = if claims.is_empty() { 0 } else { claims[self.rng.index(claims.len())] };
+        let nonce = self.number();
+        client.link = Link::new(if c == JANITOR { client.home } else { self.rng.index(VOTERS) }, nonce);
         client.up = true;
         client.generation = generation;
         self.clients[c] = client;
@@ -139,25 +148,12 @@ impl World {
         self.after(down_ms, Happening::ClientStart(c));
     }
 
-    fn tell_leader(&mut self, c: usize, message: ToLeader) {
-        self.send(Node::Client(c), Node::Leader, false, Happening::ToLeader(message));
-    }
-
     pub(super) fn client_tick(&mut self, c: usize) {
-        let now = self.now;
-        let generation = self.clients[c].generation;
-        if self.clients[c].next_keep_alive <= now {
-            self.clients[c].next_keep_alive = now + 300;
-            let session = self.clients[c].session;
-            self.tell_leader(c, ToLeader::KeepAlive { client: c, generation, session });
+        self.session_tick(c);
+        if !self.clients[c].up {
+            return;
         }
-        if self.clients[c].next_control <= now {
-            self.clients[c].next_control = now + 400;
-            let files: Vec<Ino> = self.clients[c].control.keys().copied().collect();
-            for ino in files {
-                self.send_control(c, ino);
-            }
-        }
+        self.ask_controls_again(c);
         let files: Vec<Ino> = self.clients[c].coordinators.keys().copied().collect();
         for ino in files {
             self.tell(c, ino, Event::Tick, None);
@@ -167,22 +163,39 @@ impl World {
         }
     }
 
-    /// Section 7: files that need repair, or that a dead holder left in doubt, and that nobody holds.
+    /// Section 7: files that a dead holder left in doubt or that a `Syncing` brick lacks something of, and that nobody holds.
     fn look_after_files(&mut self) {
         let c = JANITOR;
         if self.clients[c].session.is_none() || self.clients[c].configuration.is_none() {
             return;
         }
-        let repairs = !self.configuration().syncing().is_empty();
+        let state = std::rc::Rc::clone(&self.quorum.voters[self.clients[c].home].state);
+        let configuration = configuration_of(&state, self.quorum.set);
+        let lacking = configuration.syncing();
+        let mut wanted = BTreeSet::new();
+        for s in configuration.writable().iter().filter(|_| !lacking.is_empty()) {
+            // A server may be too slow to answer.
+            let asked = self.bricks[s.index()].replica.as_ref().filter(|_| self.rng.chance(900));
+            for x in lacking.iter() {
+                let files = asked.map(|r| if x == s { r.planned_regions() } else { r.missed(x) });
+                wanted.extend(files.into_iter().flatten().map(|(ino, _)| ino));
+            }
+        }
         for ino in self.files.clone() {
-            let lease = self.leader.log.leases.get(&ino).copied().unwrap_or_default();
-            let nobody = lease.holder.is_none();
-            let ours = lease.holder.is_some() && lease.holder == self.clients[c].session;
-            if nobody && (repairs || lease.unsettled || self.is_damaged(ino)) {
+            let lease = lease_of(&state, ino).unwrap_or_default();
+            let coordinator = self.clients[c].coordinators.get(&ino);
+            if self.clients[c].in_hand.contains(&ino) {
+                if coordinator.is_some_and(Coordinator::is_repaired) {
+                    self.clients[c].in_hand.remove(&ino);
+                    self.tell(c, ino, Event::Forget, None);
+                } else if coordinator.is_none_or(Coordinator::is_idle) {
+                    self.clients[c].in_hand.remove(&ino);
+                }
+            }
+            let is_wanted = lease.unsettled || wanted.contains(&ino) || self.is_damaged(ino);
+            if is_wanted && lease.holder.is_none() && self.clients[c].in_hand.insert(ino) {
                 self.coordinator(c, ino);
                 self.tell(c, ino, Event::Adopt, None);
-            } else if ours && self.clients[c].coordinators.get(&ino).is_some_and(Coordinator::is_repaired) {
-                self.tell(c, ino, Event::Forget, None);
             }
         }
     }
@@ -221,7 +234,8 @@ impl World {
                 let first = self.chaos.index(BLOCKS);
                 Ask::Read { first, count: 1 + self.chaos.index(BLOCKS - first) }
             }
-            85..95 => Ask::Flush,
+            85..94 => Ask::Flush,
+            94..96 => Ask::Name,
             _ => Ask::Stat,
         };
         self.act(Act::Ask(c, ino, ask));
@@ -263,6 +277,11 @@ impl World {
                 (Operation::Read(range), What::Read { first, count, needs })
             }
             Ask::Flush => (Operation::Flush, What::Flush(self.history.to_flush(generation, ino))),
+            Ask::Name => {
+                self.submitted += 1;
+                self.clients[c].pending.insert(op, Pending { ino, what: What::Name });
+                return self.make_and_remove(c, op);
+            }
             Ask::Stat => (Operation::Stat, What::Stat(self.history.size_need(ino))),
         };
         self.note(|| format!("c{c} submits {} {ino:?} {operation:?}", op.0));
@@ -287,7 +306,7 @@ impl World {
         }
     }
 
-    fn tell_all(&mut self, c: usize, event: &Event) {
+    pub(super) fn tell_all(&mut self, c: usize, event: &Event) {
         let files: Vec<Ino> = self.clients[c].coordinators.keys().copied().collect();
         for ino in files {
             self.tell(c, ino, event.clone(), None);
@@ -317,11 +336,9 @@ impl World {
             }
             Effect::Complete(op, completion) => self.completed(c, op, completion, content),
             Effect::Discard(_) => {}
-            Effect::AcquireLease => self.ask_leader(c, ino, Control::Acquire),
+            Effect::AcquireLease => self.want(c, ino, Control::Acquire),
             Effect::ReleaseLease { epoch, finished } => {
-                if let Some(session) = self.clients[c].session {
-                    self.ask_leader(c, ino, Control::Release { session, epoch, finished });
-                }
+                self.want(c, ino, Control::Release { epoch, finished });
             }
             Effect::Suspect(slot, n) => self.tell_leader(c, ToLeader::Suspect(slot, n)),
             Effect::Lost => {
@@ -330,7 +347,8 @@ impl World {
                 let owed = self.history.told_of_loss(generation, ino);
                 self.count(if owed { "told of a loss" } else { "told of a loss that may have been none" });
             }
-            Effect::Refresh => self.tell_leader(c, ToLeader::Refresh(c, generation)),
+            // What is new comes by itself.
+            Effect::Refresh => {}
             Effect::WantPermit => {
                 let delay = self.rng.delay(20, 200);
                 self.after(delay, Happening::Permit(c, generation, ino));
@@ -386,6 +404,13 @@ impl World {
         }
     }
 
+    pub(super) fn name_done(&mut self, c: usize, op: OpId) {
+        if self.clients[c].pending.remove(&op).is_some() {
+            self.completed += 1;
+            self.count("name made and removed");
+        }
+    }
+
     /// A cold start has lost what reads that are under way would have had to see.
     pub(super) fn forgive_reads(&mut self) {
         for pending in self.clients.iter_mut().flat_map(|c| c.pending.values_mut()) {
@@ -395,125 +420,6 @@ impl World {
                     *need = need.at_most(now);
                 }
             }
-        }
-    }
-
-    // -- the leader ----------------------------------------------------------------------------------------------------
-
-    fn ask_leader(&mut self, c: usize, ino: Ino, control: Control) {
-        let number = self.number();
-        let queue = self.clients[c].control.entry(ino).or_default();
-        queue.push_back((number, control));
-        if queue.len() == 1 {
-            self.send_control(c, ino);
-        }
-    }
-
-    fn send_control(&mut self, c: usize, ino: Ino) {
-        let generation = self.clients[c].generation;
-        let Some((number, control)) = self.clients[c].control.get(&ino).and_then(|q| q.front()).copied() else {
-            return;
-        };
-        match control {
-            Control::Acquire => {
-                if let Some(session) = self.clients[c].session {
-                    self.tell_leader(c, ToLeader::Acquire { client: c, generation, session, ino, number });
-                }
-            }
-            Control::Release { session, epoch, finished } => {
-                let message = ToLeader::Release { client: c, generation, session, ino, number, epoch, finished };
-                self.tell_leader(c, message);
-            }
-        }
-    }
-
-    fn control_done(&mut self, c: usize, ino: Ino, number: u64) -> bool {
-        let Some(queue) = self.clients[c].control.get_mut(&ino) else { return false };
-        if queue.front().is_none_or(|f| f.0 != number) {
-            return false;
-        }
-        queue.pop_front();
-        self.send_control(c, ino);
-        true
-    }
-
-    pub(super) fn leader_says(&mut self, message: FromLeader) {
-        match message {
-            FromLeader::Beat { slot, generation, sent_ms, commit, agree } => {
-                if self.bricks[slot].runs(generation) && self.bricks[slot].paused_until <= self.now {
-                    self.beat_answered(slot, sent_ms, commit, agree);
-                }
-            }
-            FromLeader::Configured(c, generation, configuration) => {
-                if self.clients[c].runs(generation)
-                    && self.clients[c].configuration.is_none_or(|old| old.n < configuration.n)
-                {
-                    self.clients[c].configuration = Some(configuration);
-                    self.note(|| format!("c{c} learns n={}", configuration.n));
-                    self.tell_all(c, &Event::Configured(configuration));
-                }
-            }
-            FromLeader::Session(c, generation, session) => self.session_told(c, generation, session),
-            FromLeader::Granted { client: c, generation, session, ino, number, grant } => {
-                if !self.clients[c].runs(generation)
-                    || self.clients[c].session != Some(session)
-                    || !self.control_done(c, ino, number)
-                {
-                    return;
-                }
-                let Some((epoch, recover)) = grant else {
-                    self.ask_leader(c, ino, Control::Acquire);
-                    return;
-                };
-                let last = self.clients[c].last_epoch.insert(ino, epoch).unwrap_or_default();
-                let had = &self.clients[c].had;
-                let foreign = self
-                    .leader
-                    .log
-                    .grants
-                    .get(&ino)
-                    .is_some_and(|g| g.iter().any(|(e, by)| *e > last.0 && *e < epoch.0 && !had.contains(by)));
-                self.event(|| format!("c{c} granted {ino:?} e={epoch} recover={recover} foreign={foreign}"));
-                self.tell(c, ino, Event::Granted { epoch, recover, foreign }, None);
-            }
-            FromLeader::Released { client: c, generation, ino, number } => {
-                if self.clients[c].runs(generation) {
-                    self.control_done(c, ino, number);
-                }
-            }
-            FromLeader::Recall { client: c, generation, ino, epoch } => {
-                if self.clients[c].runs(generation) {
-                    self.note(|| format!("c{c} recalled {ino:?} e={epoch}"));
-                    self.tell(c, ino, Event::Recalled(epoch), None);
-                }
-            }
-        }
-    }
-
-    fn session_told(&mut self, c: usize, generation: u64, session: Option<SessionId>) {
-        if !self.clients[c].runs(generation) {
-            return;
-        }
-        match session {
-            Some(session) if self.clients[c].session.is_none() => {
-                self.note(|| format!("c{c} has session {session}"));
-                self.clients[c].session = Some(session);
-                self.clients[c].had.push(session);
-                for s in 0..3 {
-                    self.after(0, Happening::Connect(c, generation, s));
-                }
-            }
-            None if self.clients[c].session.is_some() => {
-                self.note(|| format!("c{c} lost its session"));
-                self.clients[c].session = None;
-                self.clients[c].next_keep_alive = 0;
-                // What was asked for under the old session is answered by nobody. A release needs none.
-                for queue in self.clients[c].control.values_mut() {
-                    queue.retain(|(_, control)| matches!(control, Control::Acquire));
-                }
-                self.tell_all(c, &Event::LeaseLost);
-            }
-            _ => {}
         }
     }
 

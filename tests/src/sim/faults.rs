@@ -1,13 +1,14 @@
 //! Chance decides what goes wrong, and how often: each run draws its own mix.
 
 use super::acts::Act;
+use super::quorum::VOTERS;
 use super::rng::Rng;
 use super::world::{CLIENTS, Happening, Node, World};
 
 /// Kinds of faults.
-const KINDS: usize = 14;
+const KINDS: usize = 15;
 /// The one that stands for several, shortly after each other.
-const CHAIN: usize = 13;
+const CHAIN: usize = 14;
 
 /// A run's mix of faults.
 #[derive(Clone, Debug)]
@@ -55,6 +56,12 @@ impl World {
         Act::Crash(client, self.chaos.between(50, 3000))
     }
 
+    /// Mostly the voter that leads.
+    fn some_leader(&mut self) -> usize {
+        let other = self.chaos.index(VOTERS);
+        if self.chaos.chance(700) { self.quorum.leads.unwrap_or(other) } else { other }
+    }
+
     /// An awkward moment: sometimes a client and one of these bricks are struck shortly after it.
     pub(super) fn tempt(&mut self, client: Option<usize>, bricks: &[usize]) {
         if self.scripted || self.now >= self.faults.until_ms || !self.chaos.chance(self.faults.tempt_permille) {
@@ -79,8 +86,10 @@ impl World {
                 _ => {
                     // It is put out.
                     let for_ms = self.chaos.between(1200, 5000);
-                    self.fate(soon, Act::Cut(Node::Brick(s), Node::Leader, for_ms));
-                    self.fate(soon, Act::Cut(Node::Leader, Node::Brick(s), for_ms));
+                    for v in 0..VOTERS {
+                        self.fate(soon, Act::Cut(Node::Brick(s), Node::Voter(v), for_ms));
+                        self.fate(soon, Act::Cut(Node::Voter(v), Node::Brick(s), for_ms));
+                    }
                 }
             }
         }
@@ -116,7 +125,7 @@ impl World {
             // A holder dies, its heir dies while it settles what was in doubt, and so does a brick.
             self.fault_of(5, 0);
             self.fault_of(5, 0);
-            let heir = self.leader.session_ttl_ms + self.chaos.below(800);
+            let heir = self.quorum.session_ttl_ms + self.chaos.below(800);
             for _ in 0..4 {
                 let more = self.chaos.below(300);
                 self.fault_of(5, heir + more);
@@ -139,8 +148,9 @@ impl World {
             1 => self.kill_of(s, true),
             2 => Act::Pause(s, self.chaos.delay(800, 4000)),
             3 => {
+                let voters = (0..VOTERS).map(Node::Voter);
                 let nodes: Vec<Node> =
-                    (0..=CLIENTS).map(Node::Client).chain((0..3).map(Node::Brick)).chain([Node::Leader]).collect();
+                    (0..=CLIENTS).map(Node::Client).chain((0..3).map(Node::Brick)).chain(voters).collect();
                 let (a, b) = (nodes[self.chaos.index(nodes.len())], nodes[self.chaos.index(nodes.len())]);
                 let for_ms = self.chaos.delay(2000, 6000);
                 if self.chaos.chance(500) {
@@ -153,7 +163,7 @@ impl World {
                 let c = if self.chaos.chance(250) { CLIENTS } else { c };
                 self.crash_of(c)
             }
-            6 => Act::PauseLeader(self.chaos.delay(1000, 4000)),
+            6 => Act::PauseVoter(self.some_leader(), self.chaos.delay(1000, 4000)),
             7 => Act::Elect,
             8 => {
                 for s in 0..3 {
@@ -174,6 +184,7 @@ impl World {
             }
             10 => Act::Stop(s),
             11 => Act::FailFlush(s),
+            12 => Act::KillVoter(self.some_leader(), self.chaos.delay(1500, 6000)),
             _ => {
                 let full = !self.bricks[s].full;
                 if self.chaos.chance(300) {
@@ -190,7 +201,9 @@ impl World {
         self.event(|| "faults stop".to_owned());
         self.mend();
         self.faults.until_ms = 0;
-        self.leader.paused_until = 0;
+        for v in 0..VOTERS {
+            self.quorum.voters[v].paused_until = 0;
+        }
         for s in 0..3 {
             self.bricks[s].paused_until = 0;
             self.bricks[s].full = false;

@@ -1,12 +1,12 @@
-//! A deterministic simulator: the real coordinators, replicas and metadata log in a world with one clock, a network that
+//! A deterministic simulator: the real coordinators, replicas, log's state and monitor in a world with one clock, a network that
 //! delays, reorders, repeats and cuts, and disks that lose what was not flushed. A run is a seed; a failing run prints it.
 //!
 //! | file | owns |
 //! | --- | --- |
 //! | `world` | the clock, the queue of what happens next, the network |
 //! | `brick`, `serve`, `peers` | a brick's process around the replica |
-//! | `client`, `leader` | the other shells |
-//! | `log`, `monitor` | the metadata log and what its leader proposes |
+//! | `client`, `session` | a mount, or the janitor: applications and coordinators; its talk with the leader |
+//! | `quorum`, `leader` | the voters and what they committed; what one does that believes to lead |
 //! | `disk` | page cache and durable data, journal records |
 //! | `acts` | what is done to it from outside: drawn by chance, or from a script |
 //! | `faults`, `rot` | what goes wrong; what disks change by themselves |
@@ -22,12 +22,12 @@ pub mod disk;
 pub mod faults;
 pub mod history;
 pub mod leader;
-pub mod log;
-pub mod monitor;
 pub mod peers;
+pub mod quorum;
 pub mod rng;
 pub mod rot;
 pub mod serve;
+mod session;
 pub mod shrink;
 pub mod world;
 

@@ -12,6 +12,11 @@ use super::world::{Happening, Node, World, slot};
 /// Intents are cleared when nothing has touched them for this long.
 const INTENT_IDLE_MS: u64 = 400;
 
+/// How long a clean stop waits to be put out.
+const STOP_WAIT_MS: u64 = 4000;
+/// How long what is running may take to end.
+const DRAIN_MS: u64 = 3000;
+
 impl World {
     pub(super) fn say(&mut self, from: usize, to: usize, message: Peer) {
         let generation = self.bricks[from].generation;
@@ -130,18 +135,30 @@ impl World {
         }
     }
 
+    /// A clean stop [E5]: it asks to be put out, and for a while waits for that; then it takes nothing more, drains and flushes.
     pub(super) fn stop_cleanly(&mut self, s: usize) {
-        let Some(since) = self.bricks[s].stopping else { return };
+        let Some(since) = self.bricks[s].stopping.filter(|_| !self.bricks[s].stop_flushing) else { return };
         let replica = self.replica(s);
         replica.agree_to_out();
-        let ready = replica.state() == BrickState::Out && replica.is_drained() && !replica.has_failed();
-        if ready && !self.bricks[s].stop_flushing {
+        let is_wanted = replica.is_live() && replica.state() != BrickState::Out && !replica.has_failed();
+        if is_wanted && since + STOP_WAIT_MS > self.now {
+            return;
+        }
+        self.bricks[s].closed = true;
+        self.bricks[s].waiting.clear();
+        let replica = self.replica(s);
+        // It must have known all once, and have nothing left of what others told it.
+        let is_whole = !replica.has_failed() && replica.planned_regions().is_empty();
+        let is_drained = replica.is_drained();
+        let knew_all = self.bricks[s].registration.clean || self.bricks[s].was_in_sync;
+        if is_drained && is_whole && knew_all {
+            self.replica(s).fail();
             self.bricks[s].stop_flushing = true;
-            let upto = self.bricks[s].disk.written();
+            let (upto, began) = (self.bricks[s].disk.written(), self.brick_now(s) + 1);
             let delay = self.disk_delay();
-            self.later(s, delay, Step::Stop(upto));
-        } else if since + 5000 <= self.now && !self.bricks[s].stop_flushing {
-            // It cannot be spared: it ends all the same, uncleanly.
+            self.later(s, delay, Step::Stop(upto, began));
+        } else if is_drained || since + STOP_WAIT_MS + DRAIN_MS <= self.now {
+            self.count("unclean stop");
             let down = self.rng.between(50, 2000);
             self.stop_brick(s, false, down);
         }

@@ -55,6 +55,9 @@ impl World {
 
     pub(super) fn request(&mut self, wire: Wire) {
         let s = wire.connection.slot;
+        if self.bricks[s].closed {
+            return;
+        }
         if !self.try_request(s, wire) {
             let deadline = self.now + WAIT_MS;
             self.bricks[s].waiting.push((wire, deadline));
@@ -278,13 +281,12 @@ impl World {
                     self.bricks[s].task = None;
                 }
             }
-            Step::Stop(upto) => {
-                let now = self.brick_now(s);
+            Step::Stop(upto, began) => {
                 for ino in self.bricks[s].disk.files() {
                     self.bricks[s].disk.flushed(ino, upto);
                 }
-                for (ino, extents) in self.replica(s).clearable_intents(now, 0) {
-                    let cleared = self.replica(s).clear_intents(ino, &extents, u64::MAX);
+                for (ino, extents) in self.replica(s).clearable_intents(began, 0) {
+                    let cleared = self.replica(s).clear_intents(ino, &extents, began);
                     self.bricks[s].disk.forget_intents(ino, &cleared);
                 }
                 if left_out(Rule::E5Clean) {

@@ -1,11 +1,10 @@
 //! The world: a virtual clock, one thing at a time, and a network that delays, reorders, cuts and resets.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use mortar_proto::coordinator::{Answer, Body, Event, OpId, Request, RequestId, Timeouts};
 use mortar_proto::left_out::{Rule, left_out};
-use mortar_proto::metadata::monitor::Timing;
-use mortar_proto::types::{BLOCK_BYTES, BootId, EXTENT_BYTES, Ino, REGION_BYTES, SessionId};
+use mortar_proto::types::{BLOCK_BYTES, EXTENT_BYTES, Ino, LogIndex, REGION_BYTES, SessionId};
 use mortar_proto::{Configuration, Incarnation, Slot};
 
 use super::acts::{Act, Script};
@@ -14,7 +13,8 @@ use super::client::Client;
 use super::disk::{BLOCKS, Content, Geometry};
 use super::faults::Faults;
 use super::history::History;
-use super::leader::{FromLeader, Leader, ToLeader};
+use super::leader::{FromLeader, ToLeader};
+use super::quorum::Quorum;
 use super::rng::Rng;
 
 /// Clients that run applications; the janitor comes after them.
@@ -24,15 +24,6 @@ pub const JANITOR: usize = CLIENTS;
 
 /// Times of a run, in milliseconds.
 pub const TIMEOUTS: Timeouts = Timeouts { io_timeout_ms: 1500, hedge_ms: 200, no_quorum_ms: None };
-/// Times of the leader.
-pub const TIMING: Timing = Timing {
-    read_lease_ms: 1000,
-    clock_margin_ms: 100,
-    cold_start_wait_ms: 3000,
-    back_off_ms: 300,
-    back_off_max_ms: 1500,
-};
-
 /// Who sends or receives.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Node {
@@ -40,8 +31,8 @@ pub enum Node {
     Client(usize),
     /// A brick.
     Brick(usize),
-    /// Whoever leads the log.
-    Leader,
+    /// A voter of the metadata log.
+    Voter(usize),
 }
 
 /// A connection of a client to a brick.
@@ -119,12 +110,27 @@ pub enum Happening {
     Connect(usize, u64, usize),
     /// A repair may go on.
     Permit(usize, u64, Ino),
-    /// A message reaches the leader.
-    ToLeader(ToLeader),
-    /// A message of the leader reaches its receiver.
+    /// A message reaches a voter.
+    ToLeader(usize, ToLeader),
+    /// A message of a leader reaches its receiver.
     FromLeader(FromLeader),
-    /// The leader looks at its clock.
-    LeaderTick,
+    /// A proposal should have reached a quorum.
+    Replicated(u64),
+    /// A quorum should have confirmed that a voter leads.
+    Confirmed {
+        /// Which.
+        voter: usize,
+        /// Its start.
+        generation: u64,
+        /// What was committed when it was asked for, if it was confirmed then.
+        commit: Option<LogIndex>,
+        /// What is answered after it.
+        message: ToLeader,
+    },
+    /// The voters look at their clocks.
+    QuorumTick,
+    /// A voter's process starts.
+    VoterStart(usize),
     /// Chance decides what goes wrong.
     Fault,
     /// A disk changes a block by itself.
@@ -176,8 +182,8 @@ pub struct World {
     pub bricks: Vec<Brick>,
     /// The clients; the last one is the janitor.
     pub clients: Vec<Client>,
-    /// The log and who leads it.
-    pub leader: Leader,
+    /// The metadata log: who votes, who leads, what is committed.
+    pub quorum: Quorum,
     /// What must be true.
     pub history: History,
     /// Where the blocks lie.
@@ -224,9 +230,8 @@ impl World {
         let mut rng = Rng::new(seed);
         let boundary = if rng.chance(300) { EXTENT_BYTES } else { REGION_BYTES };
         let geometry = Geometry { base: boundary - (BLOCKS as u64 / 2) * BLOCK_BYTES };
-        let files: Vec<Ino> = (0..[1, 2, 2][rng.index(3)]).map(|i| Ino(1000 + i)).collect();
-        let boots = [BootId(1), BootId(2), BootId(3)];
-        let incarnations = [Incarnation(1), Incarnation(2), Incarnation(3)];
+        let (quorum, files) = Quorum::new([1, 2, 2][rng.index(3)], &mut rng);
+        let members = quorum.configuration().members;
         let faults = Faults::draw(&mut rng);
         let delay_ms = rng.between(2, 60);
         let disk_ms = rng.between(1, 40);
@@ -234,9 +239,9 @@ impl World {
             now: 10_000,
             queue: BTreeMap::new(),
             order: 0,
-            bricks: (0..3).map(|i| Brick::new(i, geometry, incarnations[i], boots[i])).collect(),
+            bricks: (0..3).map(|i| Brick::new(i, geometry, members[i].brick)).collect(),
             clients: (0..=CLIENTS).map(Client::new).collect(),
-            leader: Leader::new(&files, incarnations, boots, 10_000),
+            quorum,
             history: History::new(geometry),
             geometry,
             files,
@@ -262,16 +267,19 @@ impl World {
             scripted: play.script.is_some(),
             done: Script::new(),
         };
-        world.leader.session_ttl_ms = world.rng.between(700, 2500);
         for slot in 0..3 {
             // Together with the read lease that stays within the leader's margin.
-            world.bricks[slot].clock_permille = world.rng.between(960, 1040);
+            let rate = world.rng.between(960, 1040);
+            world.bricks[slot].clock_permille = rate;
+            if world.quorum.together {
+                world.quorum.voters[slot].clock_permille = rate;
+            }
             world.after(0, Happening::Start(slot));
         }
         for client in 0..=CLIENTS {
             world.after(1, Happening::ClientStart(client));
         }
-        world.after(5, Happening::LeaderTick);
+        world.after(5, Happening::QuorumTick);
         if play.dice != 0 {
             world.rng = Rng::new(seed ^ play.dice << 48);
         }
@@ -335,15 +343,38 @@ impl World {
     /// Until when messages from one to another are held up.
     #[must_use]
     pub fn cut_until(&self, from: Node, to: Node) -> Option<u64> {
+        let (from, to) = (self.place(from), self.place(to));
         self.cuts.iter().filter(|(a, b, until)| *a == from && *b == to && *until > self.now).map(|c| c.2).max()
     }
     /// Messages from one to another are held up.
     pub fn cut(&mut self, from: Node, to: Node, for_ms: u64) {
         let now = self.now;
+        let (from, to) = (self.place(from), self.place(to));
+        if from == to {
+            return;
+        }
         self.cuts.retain(|c| c.2 > now);
         self.cuts.push((from, to, now + for_ms));
         let noticed = self.rng.between(300, 3000);
         self.after(noticed, Happening::CutNoticed(from, to));
+    }
+    /// Where a node is: a brick and a voter may share a server.
+    fn place(&self, node: Node) -> Node {
+        match node {
+            Node::Voter(v) if self.quorum.together => Node::Brick(v),
+            node => node,
+        }
+    }
+    /// A process does nothing for so long.
+    pub fn pause(&mut self, node: Node, for_ms: u64) {
+        let until = self.now + for_ms;
+        let (Node::Brick(i) | Node::Voter(i)) = node else { return };
+        if self.quorum.together || matches!(node, Node::Brick(_)) {
+            self.bricks[i].paused_until = until;
+        }
+        if self.quorum.together || matches!(node, Node::Voter(_)) {
+            self.quorum.voters[i].paused_until = until;
+        }
     }
     /// All cuts end.
     pub fn mend(&mut self) {
@@ -351,6 +382,9 @@ impl World {
     }
     /// A message sets out. A stream's messages wait behind a cut; others may get lost in it.
     pub fn send(&mut self, from: Node, to: Node, stream: bool, happening: Happening) {
+        if self.place(from) == self.place(to) {
+            return self.after(1, happening);
+        }
         let mut delay = self.rng.delay(self.delay_ms, self.delay_ms * 20);
         if let Some(until) = self.cut_until(from, to) {
             if !stream && self.rng.chance(600) {
@@ -471,21 +505,27 @@ impl World {
                     self.tell(client, ino, Event::Permit, None);
                 }
             }
-            Happening::ToLeader(message) => {
-                let until = self.leader.paused_until;
-                if until > self.now {
-                    let wait = until - self.now + self.rng.below(20);
-                    self.after(wait, Happening::ToLeader(message));
-                } else {
-                    self.leader_gets(message);
+            Happening::ToLeader(v, message) => {
+                if !self.is_held_up(v, || Happening::ToLeader(v, message.clone())) {
+                    self.leader_gets(v, message);
                 }
             }
             Happening::FromLeader(message) => self.leader_says(message),
-            Happening::LeaderTick => {
-                if self.leader.paused_until <= self.now {
-                    self.leader_tick();
+            Happening::Replicated(number) => self.replicated(number),
+            Happening::Confirmed { voter, generation, commit, message } => {
+                let again = || Happening::Confirmed { voter, generation, commit, message: message.clone() };
+                if self.quorum.voters[voter].generation == generation && !self.is_held_up(voter, again) {
+                    self.confirmed(voter, commit, message);
                 }
-                self.after(50, Happening::LeaderTick);
+            }
+            Happening::QuorumTick => {
+                self.quorum_tick();
+                self.after(40, Happening::QuorumTick);
+            }
+            Happening::VoterStart(v) => {
+                if !self.quorum.voters[v].up {
+                    self.start_voter(v);
+                }
             }
             Happening::Fault => self.fault(),
             Happening::Rot => self.rots(),
@@ -511,6 +551,17 @@ impl World {
         true
     }
 
+    /// The same of a voter.
+    fn is_held_up(&mut self, v: usize, happening: impl FnOnce() -> Happening) -> bool {
+        let until = self.quorum.voters[v].paused_until;
+        if until <= self.now {
+            return false;
+        }
+        let wait = until - self.now + self.rng.below(20);
+        self.after(wait, happening());
+        true
+    }
+
     /// The connection of a client to a brick breaks, if there is one.
     pub fn break_link(&mut self, client: usize, slot: usize) {
         let number = self.clients[client].links[slot];
@@ -519,15 +570,10 @@ impl World {
         }
     }
 
-    /// The coordinators' view of the log: the last configuration.
+    /// The configuration that is committed.
     #[must_use]
     pub fn configuration(&self) -> Configuration {
-        self.leader.log.configuration
-    }
-    /// The sessions that the bricks of the run may be told about.
-    #[must_use]
-    pub fn sessions(&self) -> &BTreeSet<SessionId> {
-        &self.leader.log.sessions
+        self.quorum.configuration()
     }
 }
 

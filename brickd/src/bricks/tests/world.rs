@@ -266,6 +266,7 @@ fn beat(b: &peer::BrickBeat) -> Beat {
             boot: mortar_proto::BootId(id_from(&b.boot).unwrap_or(0)),
             clean: b.clean,
         },
+        known: ConfigNo(b.known),
         agreed_under: ConfigNo(b.agreed_under),
         failed: !b.failed.is_empty(),
         stopping: b.stopping,

@@ -21,6 +21,8 @@ pub struct Beat {
     pub brick: BrickId,
     /// Its present start.
     pub registration: Registration,
+    /// The configuration that it has applied; 0: none.
+    pub known: ConfigNo,
     /// The configuration that it had applied when it said that it serves no reads until it was put out and came back `[E1]`;
     /// 0 when it does not say so. What it said under an older one may be over.
     pub agreed_under: ConfigNo,
@@ -147,6 +149,11 @@ impl Monitor {
             let Some(row) = state.bricks.get(&beat.brick) else { continue };
             let Some(set) = state.sets.get(&row.set) else { continue };
             let Some(slot) = set.configuration.slot_of(beat.brick) else { continue };
+            // [E5] What an earlier start said comes late; it cannot know the configuration that registered a later one.
+            let is_registered = beat.registration.incarnation == set.configuration.members[slot.index()].incarnation;
+            if !is_registered && beat.known < set.configuration.n {
+                continue;
+            }
             let same = |h: &&Heard| h.beat.registration.incarnation == beat.registration.incarnation;
             let first_ms = self.heard.get(&beat.brick).filter(same).map_or(now_ms, |h| h.first_ms);
             self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms, first_ms });

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config::BrickState::{InSync, Out};
-use crate::metadata::{BrickPlace, Entry};
+use crate::metadata::{BrickPlace, Entry, NameOp, NewNode};
 use crate::replica::{Recorded, Replica};
 use crate::types::{BootId, ClusterId, LogIndex, ServerId};
 
@@ -29,6 +29,15 @@ struct Cluster {
 impl Cluster {
     /// Three bricks that have become `InSync`.
     fn new() -> Self {
+        let mut cluster = Self::made();
+        cluster.run(1000);
+        assert_eq!(cluster.states(), ALL_IN);
+        cluster.done.clear();
+        cluster
+    }
+
+    /// A volume that was just made; its bricks have not registered yet.
+    fn made() -> Self {
         let mut state = State::new(ClusterId(1));
         let server = ServerId(9);
         let place = |i: u32| BrickPlace { server, path: format!("/b{i}") };
@@ -45,18 +54,14 @@ impl Cluster {
             let incarnation = Incarnation(100 + u64::from(slot.0));
             Replica::new(members[slot.index()].brick, slot, incarnation, Recorded::default())
         };
-        let mut cluster = Self {
+        Self {
             state,
             monitor: Monitor::new(TIMING, 1_000_000),
             replicas: Slot::ALL.into_iter().map(replica).collect(),
             up: [true; 3],
             now_ms: 1_000_000,
             done: Vec::new(),
-        };
-        cluster.run(1000);
-        assert_eq!(cluster.states(), ALL_IN);
-        cluster.done.clear();
-        cluster
+        }
     }
 
     fn apply(state: &mut State, command: Command) {
@@ -92,20 +97,26 @@ impl Cluster {
         }
     }
 
-    fn brick_beats(&mut self, slot: Slot) {
-        let replica = &mut self.replicas[slot.index()];
+    fn beat_of(&self, slot: Slot) -> Beat {
+        let replica = &self.replicas[slot.index()];
         let report = replica.report();
-        let incarnation = Incarnation(100 + u64::from(slot.0));
-        let beat = Beat {
+        let incarnation = replica.incarnation();
+        Beat {
             brick: replica.brick(),
             registration: Registration { incarnation, boot: BootId(1), clean: false },
+            known: replica.configuration().map_or(ConfigNo(0), |c| c.n),
             agreed_under: replica.agreed_under(),
             failed: replica.has_failed(),
             stopping: false,
             n: report.map_or(ConfigNo(0), |r| r.n),
             missed_empty: report.map_or(Slots::NONE, |r| r.missed_empty),
             repaired: report.is_some_and(|r| r.repaired),
-        };
+        }
+    }
+
+    fn brick_beats(&mut self, slot: Slot) {
+        let beat = self.beat_of(slot);
+        let replica = &mut self.replicas[slot.index()];
         let asked = self.monitor.heartbeat(&self.state, self.now_ms, &[beat]);
         replica.lease_answered(self.now_ms + TIMING.read_lease_ms, self.state.applied);
         if asked.contains(&replica.brick()) {
@@ -135,6 +146,45 @@ impl Cluster {
             self.leader_looks();
         }
     }
+}
+
+#[test]
+fn a_set_whose_files_were_leased_before_its_bricks_registered_comes_to_life() {
+    let mut cluster = Cluster::made();
+    let open = Command::SessionOpen { nonce: 1, volume: "v".into(), client: "c".into(), address: String::new() };
+    Cluster::apply(&mut cluster.state, open);
+    let session = *cluster.state.sessions.keys().next().expect("a session");
+    let root = cluster.state.volumes.values().next().expect("a volume").root;
+    let operation = NameOp::Create {
+        parent: root,
+        name: b"f".to_vec(),
+        node: NewNode::File,
+        mode: 0o600,
+        uid: 0,
+        gid: 0,
+        or_existing: false,
+        open: true,
+    };
+    Cluster::apply(&mut cluster.state, Command::Name { session, operation });
+    let ino = *cluster.state.inodes.keys().last().expect("a file");
+    Cluster::apply(&mut cluster.state, Command::LeaseGrant { ino, to: session, from: None });
+    cluster.run(1000);
+    assert_eq!(cluster.states(), ALL_IN);
+    assert!(cluster.replicas.iter().all(|r| r.is_live()), "{:?}", cluster.done);
+}
+
+#[test]
+fn what_an_earlier_start_of_a_brick_said_is_not_taken_for_a_new_start() {
+    let mut cluster = Cluster::new();
+    let late = cluster.beat_of(Slot(0));
+    let brick = late.brick;
+    cluster.replicas[0] = Replica::new(brick, Slot(0), Incarnation(500), Recorded::default());
+    cluster.run(2000);
+    let registered = cluster.configuration();
+    assert_eq!(registered.members[0].incarnation, Incarnation(500), "{:?}", cluster.done);
+    cluster.monitor.heartbeat(&cluster.state, cluster.now_ms, &[late]);
+    cluster.leader_looks();
+    assert_eq!(cluster.configuration(), registered, "{:?}", cluster.done.last());
 }
 
 #[test]
@@ -205,6 +255,7 @@ fn a_brick_whose_server_is_back_without_being_able_to_open_it_is_put_out_and_ret
         let unopened = Beat {
             brick,
             registration,
+            known: ConfigNo(0),
             agreed_under: ConfigNo(0),
             failed: true,
             stopping: false,
