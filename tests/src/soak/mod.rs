@@ -92,10 +92,10 @@ fn attack(plan: &Plan, cluster: &mut Cluster, field: &Field, timeline: &Timeline
         let gap = Duration::from_millis(rng.between(plan.gap.0 * 1000, plan.gap.1 * 1000));
         // Every other fault comes upon bricks that may not be whole again yet.
         let waits = rng.chance(500) || fault.needs_whole;
+        sleep(gap, field)?;
         if waits {
             cluster.wait_until_whole(WHOLE, &mut || field.is_sound())?;
         }
-        sleep(gap, field)?;
         number += 1;
         let was_whole = cluster.is_whole();
         println!("[{:7.1} s] fault {number}: {fault}", timeline.now());
