@@ -33,6 +33,7 @@ step "what programs expect, on a local file system" tests --workspace --test sce
 step "decoders and the state, with anything" tests --workspace --test decoders
 step "simulations" tests --workspace --test sim -- --nocapture
 step "quorum" tests --workspace --test quorum
+step "power cuts, on images of a real disk" tests --workspace --test crash -- --nocapture
 step "cluster" tests --workspace --test cluster -- --test-threads=1 --nocapture
 step "mount" tests --workspace --test mount -- --test-threads=1 --nocapture
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --exclude mortar-tests --no-deps

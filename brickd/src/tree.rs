@@ -133,6 +133,7 @@ impl Tree {
                 if *set != self.set {
                     return if there.is_some() { remove(path) } else { Ok(()) };
                 }
+                self.objects.adopt(ino, path).map_err(io::Error::other)?;
                 self.objects.ensure(ino).map_err(io::Error::other)?;
                 let object = self.objects.data_path(ino);
                 let same = there

@@ -16,8 +16,8 @@ use mortar_proto::metadata::state::{self, State};
 use mortar_proto::replica::{Recorded, Replica};
 use mortar_proto::wire::{cluster, id_bytes, peer};
 use mortar_proto::{
-    BootId, BrickId, ByteRange, ClusterId, EXTENT_BYTES, Epoch, Incarnation, Ino, LogIndex, REGION_BYTES, SIZE_REGION,
-    SessionId, SetId, VolumeId,
+    BootId, BrickId, ClusterId, Epoch, Incarnation, Ino, LogIndex, REGION_BYTES, SIZE_REGION, SessionId, SetId,
+    VolumeId,
 };
 use parking_lot::{Condvar, Mutex, MutexGuard};
 use rustix::time::ClockId;
@@ -31,7 +31,7 @@ use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use super::scrub::Scrubbing;
 use crate::log::Log;
-use crate::store::{BrickDir, BrickId3, Journal, Objects, Record, Removal, StoreError};
+use crate::store::{self, BrickDir, BrickId3, Journal, Objects, Opened, Record, Removal, StoreError};
 use crate::tree::Tree;
 
 /// Threads for what may have to wait: for the log, for older requests, for the disk.
@@ -156,20 +156,9 @@ impl Brick {
     pub(super) fn open(opening: &Opening, log: Log) -> anyhow::Result<Arc<Self>> {
         let Opening { id, set, volume, ref volume_name, ref options, configuration, .. } = *opening;
         let cluster = log.identity().cluster;
-        let dir = BrickDir::open(Path::new(&opening.path), BrickId3 { cluster, volume, brick: id }, volume_name)?;
-        let (journal, loaded) = Journal::open(&dir.own().join("state"))?;
-        let objects = Arc::new(Objects::new(&dir.own()));
+        let ids = BrickId3 { cluster, volume, brick: id };
+        let Opened { dir, journal, objects, loaded } = store::open(Path::new(&opening.path), ids, volume_name)?;
         let slot = configuration.slot_of(id).ok_or_else(|| anyhow::anyhow!("the brick is not in its replica set"))?;
-        if !loaded.clean {
-            if !loaded.intents.is_empty() {
-                let extents = loaded.intents.len();
-                tracing::info!(brick = %id, extents, "the last stop was unclean: making checksums anew where it was being written");
-            }
-            for (ino, extent) in &loaded.intents {
-                let start = extent.saturating_mul(EXTENT_BYTES);
-                objects.recompute_sums(*ino, ByteRange::at(start, EXTENT_BYTES))?;
-            }
-        }
         let missed =
             loaded.missed.into_iter().filter_map(|(x, ino, regions)| Some((configuration.slot_of(x)?, ino, regions)));
         let recorded = Recorded { intents: loaded.intents, missed: missed.collect() };

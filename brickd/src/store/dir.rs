@@ -8,6 +8,8 @@ use anyhow::{Context as _, bail};
 use mortar_proto::{BrickId, ClusterId, VolumeId};
 use serde::{Deserialize, Serialize};
 
+use super::Journal;
+
 /// The format that this code reads and writes.
 const FORMAT: u32 = 1;
 
@@ -85,6 +87,7 @@ impl BrickDir {
                 brick: format!("{:x}", ids.brick.0),
                 volume_name: volume_name.to_owned(),
             };
+            Journal::make(&own.join("state"))?;
             // Written last, and durable before anybody relies on it: a brick without it is not one yet.
             let temporary = own.join("brick.toml.new");
             let mut file = File::create(&temporary)?;

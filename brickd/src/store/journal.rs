@@ -9,6 +9,7 @@ use std::io;
 use std::ops::Range;
 use std::path::Path;
 
+use anyhow::Context as _;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use mortar_proto::{BrickId, Ino};
 use rocksdb::{DB, IteratorMode, Options, WriteBatch, WriteOptions};
@@ -70,18 +71,28 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens it, and takes the record of a clean stop away, durably: from now on the next one is not clean unless it says so.
+    /// Makes an empty one, durably, for a brick that is not one yet.
     ///
     /// # Errors
     /// When the disk refuses.
+    pub fn make(dir: &Path) -> anyhow::Result<()> {
+        let made = DB::open(&options(true), dir).map(drop);
+        made.with_context(|| format!("cannot make the brick's journal in {}", dir.display()))
+    }
+
+    /// Opens it, and takes the record of a clean stop away, durably: from now on the next one is not clean unless it says so.
+    /// One that is gone is never made anew: without it nobody knows what was being written here, or what others miss.
+    ///
+    /// # Errors
+    /// When it is not there or makes no sense, or the disk refuses.
     pub fn open(dir: &Path) -> anyhow::Result<(Self, Loaded)> {
-        let mut options = Options::default();
-        options.create_if_missing(true);
-        options.set_keep_log_file_num(2);
-        options.set_max_total_wal_size(32 << 20);
-        options.set_write_buffer_size(8 << 20);
-        options.set_recycle_log_file_num(2);
-        let db = DB::open(&options, dir)?;
+        let db = DB::open(&options(false), dir).with_context(|| {
+            format!(
+                "the brick's journal in {} cannot be opened, and without it nobody knows which data here is good; if it \
+                 cannot be brought back, have the brick built anew with 'mortar volume reset-brick'",
+                dir.display()
+            )
+        })?;
         let mut loaded = Loaded { clean: db.get(CLEAN)?.is_some(), scrub: db.get(SCRUB)?, ..Loaded::default() };
         let mut missed = HashMap::new();
         for row in db.iterator(IteratorMode::Start) {
@@ -139,6 +150,16 @@ impl Journal {
 
 fn word(bytes: &[u8], at: usize) -> u64 {
     bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+fn options(create: bool) -> Options {
+    let mut options = Options::default();
+    options.create_if_missing(create);
+    options.set_keep_log_file_num(2);
+    options.set_max_total_wal_size(32 << 20);
+    options.set_write_buffer_size(8 << 20);
+    options.set_recycle_log_file_num(2);
+    options
 }
 
 fn synced() -> WriteOptions {
@@ -269,6 +290,7 @@ mod tests {
     fn what_was_recorded_is_found_again_and_a_clean_stop_once() {
         let dir = tempfile::tempdir().unwrap();
         let (x, ino) = (BrickId(9), Ino(77));
+        Journal::make(dir.path()).unwrap();
         {
             let (journal, loaded) = Journal::open(dir.path()).unwrap();
             assert!(loaded.intents.is_empty() && loaded.missed.is_empty() && !loaded.clean);

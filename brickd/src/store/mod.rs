@@ -8,12 +8,14 @@
 //!   .mortar/state/            the journal: intents, missed regions, clean shutdown
 //! ```
 //!
-//! What is assumed of the disk, and which crash each sync is for, is told in `brickd/README.md`.
+//! What is assumed of the disk is told in `docs/architecture.md`; `tests/crash` tries what a power cut can leave of it.
 
 mod dir;
 mod journal;
 mod objects;
+mod open;
 
 pub use dir::{BrickDir, BrickId3, OpenError, volume_of_brick};
 pub use journal::{Journal, Loaded, Record, Removal};
 pub use objects::{Changed, DataStat, Noticed, Objects, StoreError, regions_of};
+pub use open::{Opened, open};

@@ -189,6 +189,21 @@ impl Objects {
         self.made(ino).map(drop)
     }
 
+    /// An object that is gone, though its checksums are there, while the file that its name leads to has no other name: that file is
+    /// the object. Should it be something else, it does not match the checksums.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn adopt(&self, ino: Ino, name: &Path) -> Result<()> {
+        let data = self.data_path(ino);
+        let is_gone = data.symlink_metadata().is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+        let is_orphan = || name.symlink_metadata().is_ok_and(|m| m.is_file() && m.nlink() == 1);
+        if is_gone && self.sums_path(ino).exists() && is_orphan() {
+            fs::hard_link(name, &data).map_err(|e| StoreError::new(format!("linking {}", data.display()), e))?;
+        }
+        Ok(())
+    }
+
     /// Reads whole blocks: appends the data, clipped at the end of the file, to `out`, and the sums of the blocks it
     /// touches to `sums`. With `nowait`, gives `None` when that would wait for the disk. Returns the size.
     ///
