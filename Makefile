@@ -1,7 +1,7 @@
 # The few things people type. The target directory is outside the clone, so that RocksDB is compiled once per machine.
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/mortar/target
 
-.PHONY: help build demo test bench sim bite soak
+.PHONY: help build demo test bench sim bite exhaustive soak
 
 help:            ## this list
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' Makefile | expand -t 10
@@ -30,3 +30,7 @@ soak:            ## real processes under faults for hours: make soak HOURS=2
 	tests/prepare.sh all && cargo build --workspace --bins && \
 	MORTAR_SOAK_GAP=$${MORTAR_SOAK_GAP:-5-60} MORTAR_SOAK_SECONDS=$$(awk 'BEGIN { print int($(HOURS) * 3600) }') \
 	cargo test --workspace --test soak -- --nocapture
+
+DEPTH ?= 1
+exhaustive:      ## every order of events in a small world, further than the gate goes: make exhaustive DEPTH=2
+	tests/prepare.sh build && MORTAR_EXHAUSTIVE_DEPTH=$(DEPTH) cargo test --workspace --test exhaustive -- --nocapture

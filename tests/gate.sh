@@ -32,6 +32,8 @@ step "command lines" tests --workspace --test local --test playground --test tal
 step "what programs expect, on a local file system" tests --workspace --test scenarios
 step "decoders and the state, with anything" tests --workspace --test decoders
 step "simulations" tests --workspace --test sim -- --nocapture
+# Bounded by steps, not by time: about 300,000 steps, less than two minutes on one core.
+step "every order of events" tests --workspace --test exhaustive -- --nocapture
 step "quorum" tests --workspace --test quorum
 step "power cuts, on images of a real disk" tests --workspace --test crash -- --nocapture
 step "cluster" tests --workspace --test cluster -- --test-threads=1 --nocapture

@@ -2,6 +2,7 @@
 //! clusters of real processes; and the benchmarks.
 
 pub mod bench;
+pub mod exhaustive;
 pub mod harness;
 pub mod scenarios;
 pub mod sim;

@@ -79,7 +79,7 @@ struct Past {
 }
 
 /// The leader's view of who lives.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Monitor {
     timing: Timing,
     elected_ms: u64,
