@@ -17,6 +17,9 @@ const INO: Ino = Ino(0x77);
 const X: BrickId = BrickId(9);
 const IDS: BrickId3 = BrickId3 { cluster: ClusterId(5), volume: VolumeId(2), brick: BrickId(4) };
 
+/// What is done to a file, or a directory.
+type Damage = fn(&Path);
+
 fn open(root: &Path) -> anyhow::Result<Opened> {
     store::open(root, IDS, "v")
 }
@@ -56,7 +59,7 @@ fn copy(from: &Path, to: &Path) {
 
 #[test]
 fn torn_checksums_are_made_anew_where_an_intent_is_and_told_of_where_none_is() {
-    let damages: [(&str, fn(&Path)); 5] = [
+    let damages: [(&str, Damage); 5] = [
         ("gone", |sums| fs::remove_file(sums).unwrap()),
         ("empty", |sums| edit(sums).set_len(0).unwrap()),
         ("of half a checksum", |sums| edit(sums).set_len(8 * 3 + 5).unwrap()),
@@ -83,7 +86,7 @@ fn torn_checksums_are_made_anew_where_an_intent_is_and_told_of_where_none_is() {
 
 #[test]
 fn data_that_is_gone_is_told_of_where_no_intent_is() {
-    let damages: [fn(&Path); 2] = [|data| fs::remove_file(data).unwrap(), |data| edit(data).set_len(5000).unwrap()];
+    let damages: [Damage; 2] = [|data| fs::remove_file(data).unwrap(), |data| edit(data).set_len(5000).unwrap()];
     for damage in damages {
         let dir = tempfile::tempdir().unwrap();
         brick(dir.path());
@@ -142,7 +145,7 @@ fn a_log_torn_behind_what_was_made_durable_loses_nothing_of_that() {
 
 #[test]
 fn a_journal_that_is_gone_or_makes_no_sense_is_refused_with_what_to_do() {
-    let damages: [fn(&Path); 4] = [
+    let damages: [Damage; 4] = [
         |state| fs::remove_dir_all(state).unwrap(),
         |state| fs::remove_file(state.join("CURRENT")).unwrap(),
         |state| fs::write(state.join("CURRENT"), b"nonsense").unwrap(),
