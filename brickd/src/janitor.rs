@@ -4,13 +4,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use mortar_proto::client::{FileId, MountOptions, Volume};
 use mortar_proto::config::Slot;
 use mortar_proto::metadata::state::{Node, State};
-use mortar_proto::wire::cluster::{BrickHealRequest, cluster_client::ClusterClient};
-use mortar_proto::{BrickId, Ino, SetId};
+use mortar_proto::wire::cluster::{BrickHealRequest, FileMissed, cluster_client::ClusterClient};
+use mortar_proto::{BrickId, Epoch, Ino};
 use tonic::transport::Endpoint;
 
 use crate::log::Log;
@@ -24,17 +24,26 @@ const MAX_FILES: usize = 32;
 /// How long a brick's server may take to answer.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// A file is taken from its holder when nothing of it was repaired for this long: the lease may have been granted to somebody
+/// who had given up waiting, and does not know.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// Held files that need repair: under which grant, how much was left when there was progress last, and when that was.
+type Watched = BTreeMap<Ino, (Epoch, u64, Instant)>;
+
 /// Starts the janitor; it works while this server leads.
 pub fn start(log: Log, address: String) {
     tokio::spawn(async move {
         let mut session: Option<Arc<Volume>> = None;
         let mut in_hand: BTreeSet<Ino> = BTreeSet::new();
+        let mut watched = Watched::new();
         let mut looks = 0;
         loop {
             tokio::time::sleep(LOOK).await;
             if !log.is_leader() {
                 if let Some(session) = session.take() {
                     in_hand.clear();
+                    watched.clear();
                     session.close().await;
                 }
                 continue;
@@ -61,13 +70,16 @@ pub fn start(log: Log, address: String) {
                     }
                 }
             };
-            work(&log, &me, &wanted, &mut in_hand);
+            if looks == 0 {
+                watched.retain(|ino, _| wanted.contains_key(ino));
+            }
+            work(&log, &me, &wanted, &mut in_hand, &mut watched);
         }
     });
 }
 
 /// Takes files in hand, and lets go of those that are done.
-fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, SetId>, in_hand: &mut BTreeSet<Ino>) {
+fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, u64>, in_hand: &mut BTreeSet<Ino>, watched: &mut Watched) {
     let file = |ino: Ino| {
         log.with_state(|state| match &state.inodes.get(&ino)?.node {
             Node::File { set, lease } => Some((FileId { ino, set: *set }, *lease)),
@@ -82,12 +94,12 @@ fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, SetId>, in_hand: &mut BTr
         }
         !me.is_idle(id)
     });
-    for ino in wanted.keys() {
+    for (ino, left) in wanted {
         if in_hand.len() >= MAX_FILES {
             return;
         }
         if let Some((id, lease)) = file(*ino)
-            && lease.holder.is_none()
+            && (lease.holder.is_none() || is_stuck(watched, *ino, lease.epoch, *left))
             && in_hand.insert(*ino)
         {
             tracing::debug!(ino = %ino, "the janitor takes a file in hand");
@@ -96,9 +108,18 @@ fn work(log: &Log, me: &Volume, wanted: &BTreeMap<Ino, SetId>, in_hand: &mut BTr
     }
 }
 
-/// Files that nobody holds and that need something: what an earlier holder left unsettled, what a `Syncing` brick lacks, or, with
-/// `all`, what is corrupt on an `InSync` one `[R5]`.
-async fn look(log: &Log, all: bool) -> BTreeMap<Ino, SetId> {
+/// The holder of a file does not repair it.
+fn is_stuck(watched: &mut Watched, ino: Ino, epoch: Epoch, left: u64) -> bool {
+    let seen = watched.entry(ino).or_insert((epoch, left, Instant::now()));
+    if seen.0 != epoch || left < seen.1 {
+        *seen = (epoch, left, Instant::now());
+    }
+    seen.2.elapsed() >= STUCK
+}
+
+/// Files that need something, and how much: what an earlier holder left unsettled, what a `Syncing` brick lacks, or, with `all`,
+/// what is corrupt on an `InSync` one `[R5]`.
+async fn look(log: &Log, all: bool) -> BTreeMap<Ino, u64> {
     let (mut wanted, ask) = log.with_state(|state| (unsettled(state), tellers(state, all)));
     let answers = futures::future::join_all(ask.into_iter().map(|(brick, address, slots)| async move {
         let asked = async {
@@ -108,24 +129,23 @@ async fn look(log: &Log, all: bool) -> BTreeMap<Ino, SetId> {
         };
         let reply = tokio::time::timeout(ASK_TIMEOUT, asked).await.ok().flatten()?.into_inner();
         let lists = reply.missed.into_iter().filter(|m| slots.contains(&m.slot));
-        Some(lists.flat_map(|m| m.files).filter(|f| !f.given_up).map(|f| Ino(f.ino)).collect::<Vec<Ino>>())
+        let left = |f: FileMissed| (Ino(f.ino), f.regions + u64::from(f.size));
+        Some(lists.flat_map(|m| m.files).filter(|f| !f.given_up).map(left).collect::<Vec<(Ino, u64)>>())
     }))
     .await;
     log.with_state(|state| {
-        for ino in answers.into_iter().flatten().flatten() {
-            if let Some(Node::File { set, lease }) = state.inodes.get(&ino).map(|i| &i.node)
-                && lease.holder.is_none()
-            {
-                wanted.insert(ino, *set);
+        for (ino, left) in answers.into_iter().flatten().flatten() {
+            if let Some(Node::File { .. }) = state.inodes.get(&ino).map(|i| &i.node) {
+                *wanted.entry(ino).or_default() += left;
             }
         }
     });
     wanted
 }
 
-fn unsettled(state: &State) -> BTreeMap<Ino, SetId> {
+fn unsettled(state: &State) -> BTreeMap<Ino, u64> {
     let of = |(ino, inode): (&Ino, &mortar_proto::metadata::state::Inode)| match &inode.node {
-        Node::File { set, lease } if lease.unsettled && lease.holder.is_none() => Some((*ino, *set)),
+        Node::File { lease, .. } if lease.unsettled && lease.holder.is_none() => Some((*ino, 0)),
         _ => None,
     };
     state.inodes.iter().filter_map(of).collect()

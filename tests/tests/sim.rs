@@ -4,12 +4,14 @@
 //! `MORTAR_SIM_EVENTS` says how many of a failing run's events are shown (60), `MORTAR_SIM_SHRINK` for how many seconds its
 //! acts are shrunk (60).
 
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mortar_tests::sim::{self, Failure, shrink};
 
 /// Seeds that failed once; each found something.
-const ONCE_FAILED: &[u64] = &[35, 86, 108, 117, 149, 266, 1078, 2402, 2840, 3308];
+const ONCE_FAILED: &[u64] = &[35, 86, 108, 117, 149, 266, 1078, 2402, 2840, 3308, 10_000_351];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|v| v.parse().ok())
@@ -63,21 +65,42 @@ fn no_seed_breaks_a_rule() {
     let keep_going = number("MORTAR_SIM_KEEP_GOING").is_some();
     let mut seen = std::collections::BTreeMap::new();
     let mut failures = Vec::new();
-    for seed in from..from + seeds {
-        match sim::run(seed) {
-            Ok(summary) => {
-                *seen.entry("completed").or_insert(0) += summary.completed;
-                for (what, times) in summary.seen {
-                    *seen.entry(what).or_insert(0) += times;
+    let next = AtomicU64::new(from);
+    let (sender, ended) = mpsc::channel();
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            let (next, sender) = (&next, sender.clone());
+            scope.spawn(move || {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= from + seeds || sender.send((seed, sim::run(seed))).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(sender);
+        for (seed, run) in ended {
+            match run {
+                Ok(summary) => {
+                    *seen.entry("completed").or_insert(0) += summary.completed;
+                    for (what, times) in summary.seen {
+                        *seen.entry(what).or_insert(0) += times;
+                    }
+                }
+                Err(failure) if keep_going => {
+                    println!("seed {seed}: {}", failure.what.lines().next().unwrap_or_default());
+                    failures.push(seed);
+                }
+                Err(failure) => {
+                    // The other threads end with the seed that they have.
+                    next.store(from + seeds, Ordering::Relaxed);
+                    tell(&failure);
                 }
             }
-            Err(failure) if keep_going => {
-                println!("seed {seed}: {}", failure.what.lines().next().unwrap_or_default());
-                failures.push(seed);
-            }
-            Err(failure) => tell(&failure),
         }
-    }
+    });
     println!("{seen:?}");
     assert!(failures.is_empty(), "{} of {seeds} seeds failed", failures.len());
 }

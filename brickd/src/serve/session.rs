@@ -56,6 +56,20 @@ impl Server {
     }
 }
 
+/// A session waits for a lease, as long as this lives: a call that is broken off waits no more.
+struct Wanting<'a> {
+    server: &'a Server,
+    ino: Ino,
+    session: SessionId,
+}
+
+impl Drop for Wanting<'_> {
+    fn drop(&mut self) {
+        // Who leads no more has nobody who waits.
+        let _ = self.server.lead(|leader| leader.want_no_more(self.ino, self.session));
+    }
+}
+
 #[tonic::async_trait]
 impl Session for Server {
     async fn open(&self, request: Request<OpenRequest>) -> Result<Response<OpenReply>, Status> {
@@ -161,6 +175,7 @@ impl Session for Server {
         let until = Instant::now() + LEASE_WAIT;
         let mut applied = self.log.watch_applied();
         let mut waited = false;
+        let _wanting = Wanting { server: self, ino, session: to };
         loop {
             self.lead(|_| ())?;
             let lease = self.log.with_state(|state| {
@@ -198,7 +213,6 @@ impl Session for Server {
                 }
             }
             if Instant::now() > until {
-                let _ = self.lead(|leader| leader.want_no_more(ino, to));
                 return Err(Status::aborted("the lease is still held by another session"));
             }
         }

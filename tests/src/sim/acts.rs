@@ -74,6 +74,22 @@ pub enum Act {
     FailFlush(usize),
     /// A brick has no space left, or has some again.
     Full(usize, bool),
+    /// A brick's next read fails.
+    FailRead(usize),
+    /// A brick's next write fails.
+    FailWrite(usize),
+    /// A brick's file system takes no writes until the brick starts again.
+    ReadOnly(usize),
+    /// A brick's disk is slow for so long.
+    SlowDisk(usize, u64),
+    /// A brick's disk does nothing for so long.
+    HangDisk(usize, u64),
+    /// A brick's clock jumps ahead, for the machine slept.
+    Jump(usize, u64),
+    /// For so long messages are lost, come twice, or break their connection in the middle.
+    Flaky(u64),
+    /// Everything from and to a node takes its time, for so long.
+    Slow(Node, u64),
     /// A brick's disk changes a block by itself.
     Flip(usize, Ino, usize),
 }
@@ -108,6 +124,14 @@ impl fmt::Display for Act {
             Self::Elect => write!(f, "another leader is elected"),
             Self::Stop(s) => write!(f, "b{s} is asked to stop"),
             Self::FailFlush(s) => write!(f, "b{s} is going to fail its next flush"),
+            Self::FailRead(s) => write!(f, "b{s} is going to fail its next read"),
+            Self::FailWrite(s) => write!(f, "b{s} is going to fail its next write"),
+            Self::ReadOnly(s) => write!(f, "b{s} takes no writes any more"),
+            Self::SlowDisk(s, for_ms) => write!(f, "the disk of b{s} is slow for {for_ms} ms"),
+            Self::HangDisk(s, for_ms) => write!(f, "the disk of b{s} hangs for {for_ms} ms"),
+            Self::Jump(s, by_ms) => write!(f, "the clock of b{s} jumps ahead by {by_ms} ms"),
+            Self::Flaky(for_ms) => write!(f, "the network loses, repeats and breaks off for {for_ms} ms"),
+            Self::Slow(node, for_ms) => write!(f, "the network of {node} is slow for {for_ms} ms"),
             Self::Full(s, true) => write!(f, "b{s} has no space left"),
             Self::Full(s, false) => write!(f, "b{s} has space again"),
             Self::Flip(s, ino, block) => write!(f, "the disk of b{s} changes block {block} of {ino}"),
@@ -179,6 +203,14 @@ impl World {
             }
             Act::FailFlush(s) => self.bricks[s].flush_fails = true,
             Act::Full(s, full) => self.bricks[s].full = full,
+            Act::FailRead(s) => self.bricks[s].read_fails = true,
+            Act::FailWrite(s) => self.bricks[s].write_fails = true,
+            Act::ReadOnly(s) => self.bricks[s].read_only = true,
+            Act::SlowDisk(s, for_ms) => self.bricks[s].slow_until = self.now + for_ms,
+            Act::HangDisk(s, for_ms) => self.bricks[s].hung_until = self.now + for_ms,
+            Act::Jump(s, by_ms) => self.bricks[s].clock_offset += by_ms,
+            Act::Flaky(for_ms) => self.flaky_until = self.now + for_ms,
+            Act::Slow(node, for_ms) => self.slow = Some((node, self.now + for_ms)),
             Act::Flip(s, ino, block) => self.flip(s, ino, block),
         }
     }

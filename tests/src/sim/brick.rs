@@ -20,6 +20,9 @@ use super::leader::ToLeader;
 use super::quorum::lease_of;
 use super::world::{Connection, Happening, Node, Wire, World, slot};
 
+/// How long a probe of the disk may take.
+const PROBE_MS: u64 = 3000;
+
 /// A request under way.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -139,7 +142,19 @@ pub struct Brick {
     pub flush_fails: bool,
     /// Writes fail for want of space.
     pub full: bool,
-    clock_offset: u64,
+    /// Its next read fails.
+    pub read_fails: bool,
+    /// Its next write fails.
+    pub write_fails: bool,
+    /// Its file system takes no writes any more, until it is mounted anew.
+    pub read_only: bool,
+    /// Its disk is slow until then.
+    pub slow_until: u64,
+    /// Its disk does nothing until then.
+    pub hung_until: u64,
+    hung_since: Option<u64>,
+    /// What its clock is ahead.
+    pub clock_offset: u64,
     /// How fast its clock runs, in thousandths.
     pub clock_permille: u64,
     ticks: u64,
@@ -173,6 +188,12 @@ impl Brick {
             was_in_sync: false,
             flush_fails: false,
             full: false,
+            read_fails: false,
+            write_fails: false,
+            read_only: false,
+            slow_until: 0,
+            hung_until: 0,
+            hung_since: None,
             clock_offset: index as u64 * 7_000,
             clock_permille: 1000,
             ticks: 0,
@@ -196,8 +217,22 @@ impl World {
     pub fn brick_now(&self, s: usize) -> u64 {
         self.now * self.bricks[s].clock_permille / 1000 + self.bricks[s].clock_offset
     }
-    pub(super) fn disk_delay(&mut self) -> u64 {
-        self.rng.delay(self.disk_ms, self.disk_ms * 15)
+    /// How long a disk takes for something.
+    pub(super) fn disk_delay(&mut self, s: usize) -> u64 {
+        let delay = self.rng.delay(self.disk_ms, self.disk_ms * 15);
+        let brick = &self.bricks[s];
+        let slower = if brick.slow_until > self.now { delay * 10 } else { delay };
+        slower + brick.hung_until.saturating_sub(self.now)
+    }
+    /// A disk that hangs, as the probe finds out [E4].
+    fn probe_disk(&mut self, s: usize) {
+        let brick = &mut self.bricks[s];
+        if brick.hung_until <= self.now {
+            brick.hung_since = None;
+        } else if *brick.hung_since.get_or_insert(self.now) + PROBE_MS <= self.now && !self.replica(s).has_failed() {
+            self.event(|| format!("b{s} finds that its disk hangs"));
+            self.replica(s).fail();
+        }
     }
     pub(super) fn later(&mut self, s: usize, delay_ms: u64, step: Step) {
         let generation = self.bricks[s].generation;
@@ -228,6 +263,9 @@ impl World {
         brick.was_in_sync = false;
         brick.flush_fails = false;
         brick.full = false;
+        brick.read_fails = false;
+        brick.write_fails = false;
+        brick.read_only = false;
         let generation = brick.generation;
         let registration = brick.registration;
         self.event(|| format!("b{s} starts {registration:?}"));
@@ -393,6 +431,11 @@ impl World {
         self.bricks[s].ticks += 1;
         if self.bricks[s].ticks.is_multiple_of(2) {
             self.beat(s);
+        }
+        self.probe_disk(s);
+        if self.bricks[s].ticks.is_multiple_of(2) {
+            self.check_bounds(s);
+            self.check_known_differences(s);
         }
         self.plan(s);
         self.clear_intents(s);

@@ -2,7 +2,8 @@
 
 use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
-use mortar_proto::types::Ino;
+use mortar_proto::metadata::state::REMEMBERED_OUTCOMES;
+use mortar_proto::types::{EXTENT_BYTES, Ino, REGION_BYTES};
 
 use super::world::{Wire, World};
 
@@ -136,6 +137,57 @@ impl World {
             self.fail(|| format!("I3: b{s} accepts a mutation of epoch {epoch} after one of {highest} was accepted"));
         } else {
             *highest = epoch;
+        }
+    }
+
+    /// I6: wherever a brick that is not `InSync` differs from one that is, that one knows, or an intent or doubt covers it.
+    pub(super) fn check_known_differences(&mut self, s: usize) {
+        let configuration = self.configuration();
+        let member = configuration.members[s];
+        let Some(replica) = &self.bricks[s].replica else { return };
+        let is_current = replica.report().is_some_and(|r| r.n == configuration.n);
+        if !is_current || member.state != BrickState::InSync {
+            return;
+        }
+        let mut found = None;
+        for x in Slot::ALL.into_iter().filter(|x| configuration.state(*x) != BrickState::InSync) {
+            for ino in &self.files {
+                let (mine, theirs) = (self.bricks[s].disk.content(*ino), self.bricks[x.index()].disk.content(*ino));
+                for block in (0..mine.blocks.len()).filter(|b| mine.blocks[*b] != theirs.blocks[*b]) {
+                    let range = self.geometry.range(block);
+                    let (region, extent) = (range.start / REGION_BYTES, range.start / EXTENT_BYTES);
+                    let is_missed = replica.missed(x).iter().any(|(of, set)| of == ino && set.contains(region));
+                    let mut with_intent = configuration.in_sync().with(x).iter();
+                    let is_intended = with_intent.any(|y| self.bricks[y.index()].disk.has_intent(*ino, extent));
+                    let mut live = self.bricks.iter().filter_map(|b| b.replica.as_ref());
+                    let is_doubted = live.any(|r| r.in_doubt(*ino).iter().any(|d| d.range.overlaps(&range)));
+                    if !is_missed && !is_intended && !is_doubted && !self.history.is_unsettled(*ino, block) {
+                        found = Some((x, *ino, block, mine, theirs));
+                    }
+                }
+            }
+        }
+        if let Some((x, ino, block, mine, theirs)) = found {
+            self.fail(|| {
+                format!(
+                    "I6: b{s} does not know that b{} differs in block {block} of {ino:?}: {mine:?}, {theirs:?}",
+                    x.0
+                )
+            });
+        }
+    }
+
+    /// I9: what a brick and the log keep in mind is bounded.
+    pub(super) fn check_bounds(&mut self, s: usize) {
+        let files = self.files.clone();
+        let doubts = files.iter().map(|ino| self.replica(s).in_doubt(*ino).len()).max().unwrap_or(0);
+        let state = self.quorum.state();
+        let remembered = state.sessions.values().map(|session| session.outcomes.len()).max().unwrap_or(0);
+        let cold_starts = state.sets.values().map(|set| set.cold_starts.len()).max().unwrap_or(0);
+        if doubts > 256 || remembered > REMEMBERED_OUTCOMES || cold_starts > 16 {
+            self.fail(|| {
+                format!("I9: b{s} has {doubts} in doubt, the log {remembered} outcomes, {cold_starts} cold starts")
+            });
         }
     }
 

@@ -21,6 +21,9 @@ use super::world::{Connection, Happening, JANITOR, Node, TIMEOUTS, Wire, World, 
 /// Operations that an application has under way at most.
 const AT_ONCE: usize = 6;
 
+/// The janitor takes a file from its holder when nothing of it was repaired for this long.
+const STUCK_MS: u64 = 20_000;
+
 /// An operation that an application waits for.
 #[derive(Clone, Debug)]
 struct Pending {
@@ -63,6 +66,8 @@ pub struct Client {
     pub(super) next_control: u64,
     /// Files that the janitor has in hand.
     in_hand: BTreeSet<Ino>,
+    /// Held files that need repair: under which grant, how much was left when there was progress last, and when that was.
+    watched: BTreeMap<Ino, (Epoch, u64, u64)>,
 }
 
 impl Client {
@@ -86,6 +91,7 @@ impl Client {
             names: VecDeque::new(),
             next_control: 0,
             in_hand: BTreeSet::new(),
+            watched: BTreeMap::new(),
         }
     }
     /// It still is the one with this number.
@@ -172,13 +178,15 @@ impl World {
         let state = std::rc::Rc::clone(&self.quorum.voters[self.clients[c].home].state);
         let configuration = configuration_of(&state, self.quorum.set);
         let lacking = configuration.syncing();
-        let mut wanted = BTreeSet::new();
+        let mut wanted = BTreeMap::new();
         for s in configuration.writable().iter().filter(|_| !lacking.is_empty()) {
             // A server may be too slow to answer.
             let asked = self.bricks[s.index()].replica.as_ref().filter(|_| self.rng.chance(900));
             for x in lacking.iter() {
                 let files = asked.map(|r| if x == s { r.planned_regions() } else { r.missed(x) });
-                wanted.extend(files.into_iter().flatten().map(|(ino, _)| ino));
+                for (ino, regions) in files.into_iter().flatten() {
+                    *wanted.entry(ino).or_default() += regions.len();
+                }
             }
         }
         for ino in self.files.clone() {
@@ -192,12 +200,28 @@ impl World {
                     self.clients[c].in_hand.remove(&ino);
                 }
             }
-            let is_wanted = lease.unsettled || wanted.contains(&ino) || self.is_damaged(ino);
-            if is_wanted && lease.holder.is_none() && self.clients[c].in_hand.insert(ino) {
+            let is_lacking = wanted.contains_key(&ino) || self.is_damaged(ino);
+            let left = wanted.get(&ino).copied().unwrap_or_default();
+            let is_stuck = is_lacking && self.is_stuck(ino, lease.epoch, left);
+            if !is_lacking {
+                self.clients[c].watched.remove(&ino);
+            }
+            let is_wanted = lease.holder.is_none() && (lease.unsettled || is_lacking) || is_stuck;
+            if is_wanted && self.clients[c].in_hand.insert(ino) {
                 self.coordinator(c, ino);
                 self.tell(c, ino, Event::Adopt, None);
             }
         }
+    }
+
+    /// The holder of a file does not repair it.
+    fn is_stuck(&mut self, ino: Ino, epoch: Epoch, left: u64) -> bool {
+        let now = self.now;
+        let seen = self.clients[JANITOR].watched.entry(ino).or_insert((epoch, left, now));
+        if seen.0 != epoch || left < seen.1 {
+            *seen = (epoch, left, now);
+        }
+        seen.2 + STUCK_MS <= now
     }
 
     fn coordinator(&mut self, c: usize, ino: Ino) {

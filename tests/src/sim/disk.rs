@@ -269,6 +269,11 @@ impl Disk {
             self.deleted_intents.push((ino, *extent));
         }
     }
+    /// The intent of an extent is recorded.
+    #[must_use]
+    pub fn has_intent(&self, ino: Ino, extent: u64) -> bool {
+        self.intents.contains(&(ino, extent))
+    }
     /// Forgets all intents, as no clean stop may.
     pub fn forget_own_intents(&mut self) {
         self.intents.clear();

@@ -6,9 +6,9 @@ use super::rng::Rng;
 use super::world::{CLIENTS, Happening, Node, World};
 
 /// Kinds of faults.
-const KINDS: usize = 15;
+const KINDS: usize = 22;
 /// The one that stands for several, shortly after each other.
-const CHAIN: usize = 14;
+const CHAIN: usize = 21;
 
 /// A run's mix of faults.
 #[derive(Clone, Debug)]
@@ -184,6 +184,17 @@ impl World {
             }
             10 => Act::Stop(s),
             11 => Act::FailFlush(s),
+            13 => Act::FailRead(s),
+            14 => Act::FailWrite(s),
+            15 => Act::ReadOnly(s),
+            16 => Act::SlowDisk(s, self.chaos.between(500, 4000)),
+            17 => Act::HangDisk(s, self.chaos.between(300, 6000)),
+            18 => Act::Jump(s, self.chaos.between(100, 5000)),
+            19 => Act::Flaky(self.chaos.between(300, 3000)),
+            20 => {
+                let nodes = [Node::Client(c), Node::Brick(s), Node::Voter(s)];
+                Act::Slow(nodes[self.chaos.index(3)], self.chaos.between(500, 4000))
+            }
             12 => Act::KillVoter(self.some_leader(), self.chaos.delay(1500, 6000)),
             _ => {
                 let full = !self.bricks[s].full;
@@ -201,6 +212,8 @@ impl World {
         self.event(|| "faults stop".to_owned());
         self.mend();
         self.faults.until_ms = 0;
+        self.flaky_until = 0;
+        self.slow = None;
         for v in 0..VOTERS {
             self.quorum.voters[v].paused_until = 0;
         }
@@ -208,6 +221,11 @@ impl World {
             self.bricks[s].paused_until = 0;
             self.bricks[s].full = false;
             self.bricks[s].flush_fails = false;
+            self.bricks[s].read_fails = false;
+            self.bricks[s].write_fails = false;
+            self.bricks[s].read_only = false;
+            self.bricks[s].slow_until = 0;
+            self.bricks[s].hung_until = 0;
             // The administrator starts a brick that has failed again.
             if self.bricks[s].replica.as_ref().is_some_and(|r| r.has_failed()) {
                 self.stop_brick(s, false, 100);

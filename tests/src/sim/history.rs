@@ -136,6 +136,11 @@ impl History {
             o.held_by.insert(by);
         }
     }
+    /// Something that covers the block was sent and is not acknowledged: it may be on some bricks only.
+    #[must_use]
+    pub fn is_unsettled(&self, ino: Ino, block: usize) -> bool {
+        self.ops.values().any(|o| o.ino == ino && o.key.is_some() && !o.acknowledged && self.covers(o.kind, block))
+    }
     /// The application was told that it is done.
     ///
     /// # Errors

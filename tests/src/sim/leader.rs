@@ -12,6 +12,9 @@ use mortar_proto::types::{ConfigNo, Epoch, Ino, LogIndex, SessionId};
 use super::quorum::{VOLUME, configuration_of, lease_of};
 use super::world::{Happening, JANITOR, Node, World};
 
+/// How long somebody who does not ask again counts as waiting for a lease: about until the end of a connection is noticed.
+const WANTING_MS: u64 = 1500;
+
 /// Who asks: a client, and which of its starts.
 pub type Asker = (usize, u64);
 
@@ -157,6 +160,15 @@ pub enum Then {
     Nothing,
 }
 
+/// Who waits for a lease.
+#[derive(Clone, Copy, Debug)]
+struct Wanting {
+    session: SessionId,
+    asker: Asker,
+    number: u64,
+    until_ms: u64,
+}
+
 /// What a leader keeps in mind; nothing of it is needed to be right.
 #[derive(Debug)]
 pub struct Leader {
@@ -166,7 +178,8 @@ pub struct Leader {
     heard: BTreeMap<SessionId, u64>,
     watchers: BTreeMap<SessionId, (Asker, u64)>,
     /// Who waits for a lease that another one holds, the longest waiting first, with the number of the request.
-    wanting: BTreeMap<Ino, VecDeque<(SessionId, Asker, u64)>>,
+    /// They are forgotten when they ask no more.
+    wanting: BTreeMap<Ino, VecDeque<Wanting>>,
     told: ConfigNo,
     to_propose: VecDeque<Command>,
     /// A proposal of its own that is not committed, and how long it is waited for.
@@ -248,7 +261,7 @@ impl World {
         }
         leader.heard.retain(|session, _| state.sessions.contains_key(session));
         for waiting in leader.wanting.values_mut() {
-            waiting.retain(|(session, _, _)| state.sessions.contains_key(session));
+            waiting.retain(|w| state.sessions.contains_key(&w.session));
         }
         for (asker, reply) in told {
             self.reply(v, asker, reply, true);
@@ -279,7 +292,10 @@ impl World {
                 }
             }
             (Then::Opened(..), other) => self.fail(|| format!("State: opening a session gave {other:?}")),
-            (Then::Granted(asker, _, ino, asked), Outcome::Lease { epoch, recover, .. }) => {
+            (Then::Granted(asker, session, ino, asked), Outcome::Lease { epoch, recover, .. }) => {
+                if let Some(waiting) = self.leader(v).and_then(|l| l.wanting.get_mut(&ino)) {
+                    waiting.retain(|w| w.session != session);
+                }
                 self.reply(v, asker, Reply::Granted(ino, asked, epoch, recover), false);
             }
             (Then::Granted(asker, session, ..), Outcome::Errno(NameError::SessionEnded)) => {
@@ -414,9 +430,10 @@ impl World {
                     Some(holder) => {
                         if let Some(leader) = self.leader(v) {
                             let waiting = leader.wanting.entry(ino).or_default();
-                            match waiting.iter_mut().find(|w| w.0 == session) {
-                                Some(known) => (known.1, known.2) = (asker, number),
-                                None => waiting.push_back((session, asker, number)),
+                            let new = Wanting { session, asker, number, until_ms: own_now + WANTING_MS };
+                            match waiting.iter_mut().find(|w| w.session == session) {
+                                Some(known) => *known = new,
+                                None => waiting.push_back(new),
                             }
                         }
                         let watcher = self.leader(v).and_then(|l| l.watchers.get(&holder).copied());
@@ -429,12 +446,17 @@ impl World {
             Question::Release { session, ino, number, epoch, finished } => {
                 let release = Command::LeaseRelease { ino, session, epoch, finished };
                 let waiting = self.leader(v).and_then(|l| l.wanting.get_mut(&ino));
-                let next = waiting.and_then(|w| w.iter().position(|w| w.0 != session).and_then(|at| w.remove(at)));
+                let next = waiting.and_then(|w| {
+                    w.retain(|w| w.until_ms > own_now);
+                    w.iter().position(|w| w.session != session).and_then(|at| w.remove(at))
+                });
                 match next {
                     // [W1] The release and the next grant are one entry.
-                    Some((to, waits, asked)) => {
+                    Some(next) => {
+                        let to = next.session;
                         let grant = Command::LeaseGrant { ino, to, from: Some((session, epoch, finished)) };
-                        self.propose(v, None, grant, Then::HandedOver((asker, number), (waits, asked), release));
+                        let then = Then::HandedOver((asker, number), (next.asker, next.number), release);
+                        self.propose(v, None, grant, then);
                     }
                     None => self.propose(v, None, release, Then::Released(asker, ino, number)),
                 }

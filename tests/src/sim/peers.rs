@@ -41,7 +41,7 @@ impl World {
                 let Some(job) = self.bricks[s].pulls.remove(&number) else { return };
                 match content {
                     Some(content) => {
-                        let delay = self.disk_delay();
+                        let delay = self.disk_delay(s);
                         self.later(s, delay, Step::Pulled(job, content));
                     }
                     None => self.pull_failed(s, job),
@@ -111,7 +111,7 @@ impl World {
                     return;
                 }
                 let all = missed.iter().flat_map(|(x, ino, set)| set.iter().map(move |r| (*x, *ino, r))).collect();
-                let delay = self.disk_delay();
+                let delay = self.disk_delay(s);
                 self.later(s, delay, Step::TakenOver(task.n, all));
                 if let Some(task) = self.bricks[s].task.as_mut() {
                     // It is not late from here on.
@@ -130,7 +130,7 @@ impl World {
         if !files.is_empty() {
             self.bricks[s].clearing = true;
             let upto = self.bricks[s].disk.written();
-            let delay = self.disk_delay();
+            let delay = self.disk_delay(s);
             self.later(s, delay, Step::Clear(files, now, upto));
         }
     }
@@ -155,7 +155,7 @@ impl World {
             self.replica(s).fail();
             self.bricks[s].stop_flushing = true;
             let (upto, began) = (self.bricks[s].disk.written(), self.brick_now(s) + 1);
-            let delay = self.disk_delay();
+            let delay = self.disk_delay(s);
             self.later(s, delay, Step::Stop(upto, began));
         } else if is_drained || since + STOP_WAIT_MS + DRAIN_MS <= self.now {
             self.count("unclean stop");

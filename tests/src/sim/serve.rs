@@ -71,7 +71,7 @@ impl World {
         let purpose = match wire.request.body {
             Body::Read(_) | Body::Stat | Body::Seek { .. } => {
                 if self.replica(s).may_read(now) {
-                    let delay = self.disk_delay();
+                    let delay = self.disk_delay(s);
                     self.later(s, delay, Step::Read(wire));
                 } else {
                     self.answer(s, wire, Answer::Behind, None);
@@ -128,7 +128,7 @@ impl World {
                 if bookkeeping.intents.is_empty() {
                     self.touch_data(s, job);
                 } else {
-                    let delay = self.disk_delay();
+                    let delay = self.disk_delay(s);
                     // The records of what is never acknowledged may be durable as well.
                     self.later(s, delay, Step::Intents(job, bookkeeping.intents));
                 }
@@ -138,7 +138,7 @@ impl World {
     }
 
     pub(super) fn touch_data(&mut self, s: usize, mut job: Job) {
-        let delay = self.disk_delay();
+        let delay = self.disk_delay(s);
         match job.wire.request.body {
             Body::Mutate(..) => self.later(s, delay, Step::Data(job, 0)),
             Body::Pull { from, .. } => {
@@ -183,7 +183,7 @@ impl World {
         if job.missed.is_empty() {
             self.done(s, job);
         } else {
-            let delay = self.disk_delay();
+            let delay = self.disk_delay(s);
             self.later(s, delay, Step::Missed(job));
         }
     }
@@ -262,7 +262,7 @@ impl World {
                     self.replica(s).missed_recorded(x, ino, regions);
                 }
                 let upto = self.bricks[s].disk.written();
-                let delay = self.disk_delay();
+                let delay = self.disk_delay(s);
                 self.later(s, delay, Step::Repaired(n, upto));
             }
             Step::Repaired(n, upto) => {
@@ -302,6 +302,11 @@ impl World {
     }
 
     pub(super) fn serve_read(&mut self, s: usize, wire: Wire) {
+        if std::mem::take(&mut self.bricks[s].read_fails) {
+            self.count("read failed");
+            self.replica(s).fail();
+            return self.answer(s, wire, Answer::Failed { errno: EIO, brick: true }, None);
+        }
         let mut content = self.bricks[s].disk.content(wire.ino);
         let answer = match wire.request.body {
             Body::Read(range) => self.read_of_corrupt(s, wire.ino, range, &mut content).unwrap_or(Answer::Bytes),
@@ -316,6 +321,9 @@ impl World {
         let Some(op) = mutation_of(&job.wire.request) else { return };
         if from == 0 {
             self.mutation_accepted(s, &job.wire);
+        }
+        if self.write_fails(s, &mut job) {
+            return;
         }
         if self.bricks[s].full && self.rng.chance(700) {
             job.applied = false;
@@ -332,7 +340,7 @@ impl World {
                 for (i, block) in blocks.iter().copied().enumerate().skip(from) {
                     job.sized |= self.bricks[s].disk.write(ino, block, op.0);
                     if torn && i + 1 < blocks.len() {
-                        let delay = self.disk_delay();
+                        let delay = self.disk_delay(s);
                         self.later(s, delay, Step::Data(job, i + 1));
                         return;
                     }
@@ -349,6 +357,20 @@ impl World {
         self.record_missed(s, job);
     }
 
+    /// The disk takes a write no more: the brick fails [E4].
+    fn write_fails(&mut self, s: usize, job: &mut Job) -> bool {
+        if !std::mem::take(&mut self.bricks[s].write_fails) && !self.bricks[s].read_only {
+            return false;
+        }
+        self.count("write failed");
+        self.replica(s).fail();
+        job.applied = false;
+        job.answer = Answer::Failed { errno: EIO, brick: true };
+        self.also_missed(s, job);
+        self.record_missed(s, job.clone());
+        true
+    }
+
     pub(super) fn also_missed(&mut self, s: usize, job: &mut Job) {
         if let (Some(ticket), Purpose::Mutate { range }) = (job.ticket, job.purpose) {
             let more = self.replica(s).also_missed(ticket, range, job.sized);
@@ -358,6 +380,9 @@ impl World {
 
     pub(super) fn write_pulled(&mut self, s: usize, mut job: Job, content: Content) {
         let ino = job.wire.ino;
+        if self.write_fails(s, &mut job) {
+            return;
+        }
         if let Body::Pull { range, size, from, doubt } = job.wire.request.body {
             self.count(if doubt.is_some() { "recovered" } else { "repaired" });
             if doubt.is_some() {

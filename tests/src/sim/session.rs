@@ -262,7 +262,7 @@ impl World {
 
     /// An application makes a file that must not exist yet, and removes it again.
     pub(super) fn make_and_remove(&mut self, c: usize, op: OpId) {
-        let (parent, name) = (self.quorum.root, op.0.to_le_bytes().map(|b| b | 0x80).to_vec());
+        let (parent, name) = (self.quorum.root, format!("n{}", op.0).into_bytes());
         let node = NewNode::File;
         let (mode, uid, gid) = (0o600, 0, 0);
         let create =

@@ -205,6 +205,10 @@ pub struct World {
     pub failure: Option<String>,
     /// The last events, if they are wanted.
     pub trace: Option<VecDeque<Line>>,
+    /// The network is bad until then.
+    pub flaky_until: u64,
+    /// A node whose network is slow, and until when.
+    pub slow: Option<(Node, u64)>,
     /// Some mutation was refused, for want of space say.
     pub refused: bool,
     /// Since when bricks are out.
@@ -257,6 +261,8 @@ impl World {
             out_since: [0; 3],
             heard: [(Incarnation(0), 0); 3],
             winding_down: false,
+            flaky_until: 0,
+            slow: None,
             submitted: 0,
             completed: 0,
             accepted: BTreeMap::new(),
@@ -386,6 +392,13 @@ impl World {
             return self.after(1, happening);
         }
         let mut delay = self.rng.delay(self.delay_ms, self.delay_ms * 20);
+        let ends = [self.place(from), self.place(to)];
+        if self.slow.is_some_and(|(node, until)| until > self.now && ends.contains(&self.place(node))) {
+            delay = delay * 5 + self.rng.below(300);
+        }
+        if self.flaky_until > self.now && self.is_spoiled(stream, delay, &happening) {
+            return;
+        }
         if let Some(until) = self.cut_until(from, to) {
             if !stream && self.rng.chance(600) {
                 return;
@@ -393,6 +406,34 @@ impl World {
             delay += until - self.now;
         }
         self.after(delay, happening);
+    }
+
+    /// A bad network does something to a message. True when it does not arrive.
+    fn is_spoiled(&mut self, stream: bool, delay: u64, happening: &Happening) -> bool {
+        let connection = match happening {
+            Happening::Request(wire) => Some(wire.connection),
+            Happening::Answer { connection, .. } => Some(*connection),
+            _ => None,
+        };
+        match connection {
+            // In the middle of a frame: what is not whole is not taken.
+            Some(connection) if self.rng.chance(20) => {
+                self.count("reset in a frame");
+                self.after(delay, Happening::LinkBroken(connection));
+                true
+            }
+            None if !stream && self.rng.chance(200) => {
+                self.count("lost");
+                true
+            }
+            None if !stream && self.rng.chance(150) => {
+                self.count("came twice");
+                let later = delay + self.rng.delay(self.delay_ms * 5, 2000);
+                self.after(later, happening.clone());
+                false
+            }
+            _ => false,
+        }
     }
 
     /// Runs until the end of the phase, or until a rule is broken.
