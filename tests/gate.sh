@@ -36,7 +36,7 @@ step "simulations" tests --workspace --test sim -- --nocapture
 step "every order of events" tests --workspace --test exhaustive -- --nocapture
 step "quorum" tests --workspace --test quorum
 step "power cuts, on images of a real disk" tests --workspace --test crash -- --nocapture
-step "cluster" tests --workspace --test cluster -- --test-threads=1 --nocapture
+step "cluster" tests --workspace --test cluster --test integrity -- --test-threads=1 --nocapture
 step "mount" tests --workspace --test mount -- --test-threads=1 --nocapture
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --exclude mortar-tests --no-deps
 deny() {
