@@ -103,7 +103,8 @@ fn a_wrong_call_ends_with_two() {
         "volume frobnicate",
         "server",
         "volume list --nonsense",
-        "volume heal v",
+        "volume heal",
+        "volume heal v frobnicate",
         "completions nosuchshell",
     ] {
         assert_eq!(mortar(line).code, 2, "{line}");

@@ -163,6 +163,8 @@ fn an_object_that_was_deleted_comes_back() {
     world.stop();
     let path = |root: &Path| root.join(format!("b1/.mortar/objects/{:02x}/{:x}", ino.0 & 0xff, ino.0));
     std::fs::remove_file(path(dir.path())).unwrap();
+    // Its name is the same file, and would become the object again.
+    std::fs::remove_file(dir.path().join("b1/disk")).unwrap();
     let world = World::start(dir.path());
     world.wait_for_states(IN_SYNC);
     let mut client = world.connect(B, world.session());
