@@ -97,7 +97,6 @@ rules! {
     E6Intents, "E6", "F-12", "the source does not enter its intents as missed";
     E6Boot, "E6", "F-14", "any brick becomes the source";
     E6Wait, "E6", "A-8", "a cold start does not wait for others that were InSync";
-    E6Silent, "E6, E1", "", "a cold start puts out an absent brick that may still serve reads";
     E7Source, "E7", "F-9", "that some brick kept its boot id counts as no loss";
     E7Told, "E7", "", "a client that lost writes is not told";
     E8, "E8", "", "a brick that was put out returns at once";
@@ -107,7 +106,6 @@ rules! {
     S2Clear, "S2", "", "a region is cleared before it was pulled";
     S4Reports, "S4", "S4", "a brick is promoted though others list something as missed by it";
     S4Number, "S4", "F-8", "reports of an older n count";
-    S4Registered, "S4", "F-7", "reports of an older incarnation count";
     S4Drained, "S4, F2", "", "reports are made while older work runs";
     S4Flush, "S4", "S4", "a brick reports without a flush after its last repair";
     S4TakeOver, "S4", "F-6", "a promoted brick does not take over what others miss";

@@ -39,6 +39,10 @@ impl Reading {
 
 impl Coordinator {
     pub(super) fn start_read(&mut self, op: OpId, body: Body, now_ms: u64, effects: &mut Vec<Effect>) {
+        debug_assert!(
+            !matches!(body, Body::Read(r) if self.mutations.values().any(|m| m.range.overlaps(&r.to_blocks()))),
+            "R3: a read goes past a mutation in flight that it overlaps"
+        );
         let reading = Reading {
             body,
             since_ms: now_ms,

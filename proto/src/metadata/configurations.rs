@@ -113,7 +113,8 @@ impl State {
             let since = next.n.next();
             // [E7] Where the kernel did not restart, or all was flushed, the source holds everything acknowledged.
             let kept = |s: &Slot| registered[s.index()].is_some_and(|r| r.boot == next.members[s.index()].boot);
-            let excused = left_out(Rule::E7Source) && next.in_sync().iter().any(|s| kept(&s));
+            let stayed = |s: &Slot| *s != source && (registered[s.index()].is_none() || kept(s));
+            let excused = left_out(Rule::E7Source) && Slot::ALL.iter().any(stayed);
             if !taken.clean && !kept(&source) && !excused {
                 next.unflushed_lost = since;
             }

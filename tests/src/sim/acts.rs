@@ -68,6 +68,8 @@ pub enum Act {
     KillVoter(usize, u64),
     /// Another leader is elected.
     Elect,
+    /// From now on so many of a thousand requests come twice.
+    Repeat(u64),
     /// A brick is asked to stop cleanly.
     Stop(usize),
     /// A brick fails its next flush.
@@ -122,6 +124,7 @@ impl fmt::Display for Act {
             Self::PauseVoter(v, for_ms) => write!(f, "v{v} stands still for {for_ms} ms"),
             Self::KillVoter(v, down_ms) => write!(f, "v{v} is killed, and starts after {down_ms} ms"),
             Self::Elect => write!(f, "another leader is elected"),
+            Self::Repeat(permille) => write!(f, "{permille} of 1000 requests come twice from now on"),
             Self::Stop(s) => write!(f, "b{s} is asked to stop"),
             Self::FailFlush(s) => write!(f, "b{s} is going to fail its next flush"),
             Self::FailRead(s) => write!(f, "b{s} is going to fail its next read"),
@@ -196,6 +199,7 @@ impl World {
                 }
             }
             Act::Elect => self.elect(),
+            Act::Repeat(permille) => self.faults.repeat_permille = permille,
             Act::Stop(s) => {
                 if self.bricks[s].is_up() && self.bricks[s].stopping.is_none() {
                     self.bricks[s].stopping = Some(self.now);

@@ -353,7 +353,7 @@ impl World {
                     self.send(Node::Client(c), Node::Brick(s), true, Happening::Request(wire));
                     // It comes once more, later [F3].
                     if self.rng.chance(self.faults.repeat_permille) {
-                        let later = self.rng.delay(self.delay_ms * 10, 3000);
+                        let later = self.rng.between(0, 2000);
                         self.after(later, Happening::Repeated(wire));
                     }
                 }

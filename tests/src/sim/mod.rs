@@ -11,6 +11,7 @@
 //! | `acts` | what is done to it from outside: drawn by chance, or from a script |
 //! | `faults`, `rot` | what goes wrong; what disks change by themselves |
 //! | `history`, `check` | what must be true: I1, I2, I3, I5, I7, I8, I10 |
+//! | `directed` | scripts written by hand, for rules whose absence chance rarely shows |
 //! | `shrink` | the few acts that a failing run needs |
 //! | `rng` | chance |
 
@@ -18,6 +19,7 @@ pub mod acts;
 pub mod brick;
 pub mod check;
 pub mod client;
+pub mod directed;
 pub mod disk;
 pub mod faults;
 pub mod history;
@@ -51,6 +53,8 @@ pub struct Summary {
     pub script: Script,
     /// When it came to rest.
     pub ended_ms: u64,
+    /// Its last events, if they were wanted.
+    pub trace: Vec<Line>,
 }
 
 /// A run that broke a rule.
@@ -121,12 +125,12 @@ pub fn run_as(seed: u64, how: &Play) -> Result<Summary, Box<Failure>> {
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned()));
         world.fail(|| format!("panic: {}", text.unwrap_or_default()));
     }
+    let trace = world.trace.take().map(Vec::from).unwrap_or_default();
     match world.failure.take() {
-        Some(what) => {
-            let trace = world.trace.take().map(Vec::from).unwrap_or_default();
-            Err(Box::new(Failure { seed, what, trace, script: world.done }))
+        Some(what) => Err(Box::new(Failure { seed, what, trace, script: world.done })),
+        None => {
+            Ok(Summary { completed: world.completed, seen: world.seen, script: world.done, ended_ms: world.now, trace })
         }
-        None => Ok(Summary { completed: world.completed, seen: world.seen, script: world.done, ended_ms: world.now }),
     }
 }
 

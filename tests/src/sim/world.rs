@@ -308,6 +308,11 @@ impl World {
         self.counter += 1;
         self.counter
     }
+    /// When a session ends that is not heard.
+    #[must_use]
+    pub fn session_ttl_ms(&self) -> u64 {
+        self.quorum.session_ttl_ms
+    }
     /// Counts something.
     pub fn count(&mut self, what: &'static str) {
         *self.seen.entry(what).or_default() += 1;
