@@ -89,6 +89,25 @@ pub fn all() -> Vec<Scenario> {
     for at in (14_640..15_200).step_by(40) {
         all.push(scenario(&[Rule::W7Pulls], &[&two_are_left(2500), &[(at, power_cut(2, 300))]]));
     }
+    // Brick 2 is put out before what one brick has is recovered. The target books that, dies, and the source has not.
+    for at in (11_600..12_200).step_by(100) {
+        all.push(scenario(
+            &[Rule::W2BookkeepingSource, Rule::W2Bookkeeping],
+            &[
+                begun,
+                &[(10_430, write(1, G, 0))],
+                &half_a_write(11_200, &[1, 2]),
+                &[(at, kill(2, 17_500 - at))],
+                &only_one_tells(1, 17_500),
+            ],
+        ));
+    }
+    // Brick 2 is Syncing, and has all that was ever written by a dead client; or it lacks just that.
+    for at in (12_100..12_400).step_by(40) {
+        let syncing: Script = [begun, &[(12_000, kill(2, 50))], &to_log(at, Node::Brick(2), 16_400 - at)].concat();
+        all.push(scenario(&[Rule::W2SyncingLists], &[&syncing, &half_a_write(12_700, &[0, 1])]));
+        all.push(scenario(&[Rule::W2Targets], &[&syncing, &half_a_write(12_700, &[1, 2])]));
+    }
     all.extend(lists(begun));
     all.extend(numbers(begun));
     all.extend(leading(begun));
@@ -118,17 +137,6 @@ fn recovery(begun: &[(u64, Act)]) -> Vec<Scenario> {
 /// What a brick that is out misses [W5], [W2], [S4], [E6].
 fn lists(begun: &[(u64, Act)]) -> Vec<Scenario> {
     vec![
-        // Brick 2 is put out before what one brick has is recovered. The target books that, dies, and the source has not.
-        scenario(
-            &[Rule::W2BookkeepingSource, Rule::W2Bookkeeping],
-            &[
-                begun,
-                &[(10_430, write(1, G, 0))],
-                &half_a_write(10_600, &[1, 2]),
-                &[(11_050, kill(2, 5750))],
-                &only_one_tells(1, 16_800),
-            ],
-        ),
         // Brick 1 is Syncing when it takes a write; then only it can tell brick 2 of it.
         scenario(
             &[Rule::W5Syncing],
@@ -148,15 +156,6 @@ fn lists(begun: &[(u64, Act)]) -> Vec<Scenario> {
                 &[(13_750, kill(0, 600)), (13_750, kill(1, 600))],
                 &only_one_tells(0, 21_000),
             ],
-        ),
-        // Brick 2 is Syncing, and all that was ever written by a dead client; or it lacks just that.
-        scenario(
-            &[Rule::W2SyncingLists],
-            &[begun, &[(12_000, kill(2, 50))], &to_log(12_400, Node::Brick(2), 4000), &half_a_write(12_700, &[0, 1])],
-        ),
-        scenario(
-            &[Rule::W2Targets],
-            &[begun, &[(12_000, kill(2, 50))], &to_log(12_400, Node::Brick(2), 4000), &half_a_write(12_700, &[1, 2])],
         ),
         // Nobody can repair brick 2, and the other two list what it misses.
         scenario(
