@@ -22,8 +22,8 @@ SEEDS ?= 10000
 sim:             ## many simulations: make sim SEEDS=100000
 	tests/prepare.sh build && MORTAR_SIM_SEEDS=$(SEEDS) cargo test -p mortar-tests --test sim -- --nocapture
 
-bite:            ## leaves each rule of the protocol out: which seeds notice? make bite SEEDS=1000
-	tests/prepare.sh build && MORTAR_BITE_SEEDS=$(SEEDS) cargo test --workspace --features mortar-tests/leave-out --test bite -- --nocapture
+bite:            ## leaves each rule of the protocol out: which seeds and searches notice? make bite SEEDS=1000
+	tests/prepare.sh build && MORTAR_BITE_SEEDS=$(SEEDS) cargo test --workspace --features mortar-tests/leave-out --test bite --test exhaustive_bites -- --nocapture
 
 HOURS ?= 2
 soak:            ## real processes under faults for hours: make soak HOURS=2

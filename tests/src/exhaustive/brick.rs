@@ -268,7 +268,14 @@ impl World {
 
     fn answer(&mut self, s: usize, origin: Origin, request: &Request, answer: Answer) {
         let value = self.bricks[s].disk.value();
-        self.note(|| format!("b{s} answers c{}'s {:?}: {answer:?}", origin.client, request.body));
+        let about_nothing = match request.body {
+            Body::Pull { .. } => !super::step::touches_block(&request.body),
+            Body::ClearMissed { region, .. } => region != 0,
+            _ => false,
+        };
+        if !about_nothing {
+            self.note(|| format!("b{s} answers c{}'s {:?}: {answer:?}", origin.client, request.body));
+        }
         let pipe = &mut *self.pipes[origin.client][s];
         if pipe.number == origin.number && pipe.number != 0 {
             pipe.answers.push((request.id, answer, value, request.body));
