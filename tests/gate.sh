@@ -34,7 +34,8 @@ step "decoders and the state, with anything" tests --workspace --test decoders
 step "simulations" tests --workspace --test sim -- --nocapture
 # Bounded by steps, not by time: about 300,000 steps, less than two minutes on one core.
 step "every order of events" tests --workspace --test exhaustive -- --nocapture
-step "what the simulations would notice" tests --workspace --features mortar-tests/leave-out --test bite -- --nocapture
+step "what the simulations and searches would notice" tests --workspace --features mortar-tests/leave-out \
+  --test bite --test exhaustive_bites -- --nocapture
 step "quorum" tests --workspace --test quorum
 step "power cuts, on images of a real disk" tests --workspace --test crash -- --nocapture
 step "cluster" tests --workspace --test cluster --test integrity -- --test-threads=1 --nocapture

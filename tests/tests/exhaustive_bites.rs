@@ -5,6 +5,7 @@
 
 use mortar_proto::left_out::{Rule, leave_out};
 use mortar_tests::exhaustive::{self, Failure};
+use mortar_tests::sim::kind_of;
 
 /// A step of the search takes some hundred bytes of stack, and a way may be long.
 const STACK_BYTES: usize = 64 << 20;
@@ -31,10 +32,8 @@ fn caught(rule: Rule, name: Option<&str>) -> Option<Box<Failure>> {
 }
 
 fn told(rule: Rule, failure: Option<&Failure>) -> String {
-    let how = failure.map_or("**not noticed** | |".to_owned(), |f| {
-        let what: String = f.what.split(':').next().unwrap_or_default().chars().take(20).collect();
-        format!("{} | {} | {what} |", f.scope, f.length)
-    });
+    let how = failure
+        .map_or("**not noticed** | |".to_owned(), |f| format!("{} | {} | {} |", f.scope, f.length, kind_of(&f.what)));
     format!("| {}: {} | {how}", rule.rule(), rule.text())
 }
 

@@ -74,14 +74,18 @@ impl Failure {
     /// What was broken: `I1` to `I10`, or the rule, or `panic`.
     #[must_use]
     pub fn kind(&self) -> &str {
-        let is_name = |word: &&str| {
-            let mut letters = word.chars();
-            letters.next().is_some_and(|c| c.is_ascii_uppercase())
-                && word.len() > 1
-                && letters.all(|c| c.is_ascii_digit())
-        };
-        self.what.split([' ', ':', ',', '(', '\n', '[', ']']).find(is_name).unwrap_or("panic")
+        kind_of(&self.what)
     }
+}
+
+/// Which invariant or rule a sentence about a failure names first; `panic` if it names none.
+#[must_use]
+pub fn kind_of(what: &str) -> &str {
+    let is_name = |word: &&str| {
+        let mut letters = word.chars();
+        letters.next().is_some_and(|c| c.is_ascii_uppercase()) && word.len() > 1 && letters.all(|c| c.is_ascii_digit())
+    };
+    what.split([' ', ':', ',', '(', '\n', '[', ']']).find(is_name).unwrap_or("panic")
 }
 
 impl core::fmt::Display for Failure {
