@@ -38,7 +38,7 @@ step "what the simulations and searches would notice" tests --workspace --featur
   --test bite --test exhaustive_bites -- --nocapture
 step "quorum" tests --workspace --test quorum
 step "power cuts, on images of a real disk" tests --workspace --test crash -- --nocapture
-step "cluster" tests --workspace --test cluster --test integrity -- --test-threads=1 --nocapture
+step "cluster" tests --workspace --test cluster --test bricks --test integrity -- --test-threads=1 --nocapture
 step "mount" tests --workspace --test mount -- --test-threads=1 --nocapture
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --exclude mortar-tests --no-deps
 deny() {

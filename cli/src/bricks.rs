@@ -1,11 +1,14 @@
-//! What `volume create` is given, and the checks that need no server. What only a server can know (is it XFS, is it empty,
+//! Bricks as they are written on the command line, the checks that need no server, and one that takes another's place. What only a server can know (is it XFS, is it empty,
 //! is it a brick already) is checked there.
 
 use mortar_proto::metadata::apply::check_volume_name;
-use mortar_proto::wire::cluster::BrickSpec;
+use mortar_proto::wire::cluster::{AcceptLossRequest, BrickReplaceRequest, BrickSpec};
 
 use crate::address::Address;
+use crate::cluster::Cluster;
+use crate::confirm::{confirm, confirm_by};
 use crate::failure::{Failure, Outcome};
+use crate::output::Output;
 
 /// Bricks in a replica set: the only number there is.
 pub const REPLICA: usize = 3;
@@ -146,6 +149,70 @@ fn given(n: usize) -> String {
         1 => "1 brick is".to_owned(),
         n => format!("{n} bricks are"),
     }
+}
+
+/// Which brick goes, and which comes; none: the same directory, whose disk is a new one.
+pub struct Replacing {
+    pub name: String,
+    pub old: String,
+    pub new: Option<String>,
+    pub yes: bool,
+    pub force: bool,
+}
+
+/// Puts an empty brick in the place of another.
+///
+/// # Errors
+/// What was refused or failed.
+pub async fn replace(cluster: &Cluster, output: Output, what: Replacing) -> Outcome {
+    let Replacing { name, old, new, yes, force } = what;
+    check_name(&name)?;
+    let parse = |word: &str| Brick::parse(word).map_err(Failure::Usage);
+    let from = parse(&old)?;
+    let to = new.as_deref().map(parse).transpose()?;
+    if to.as_ref().is_some_and(|to| to.address == from.address && to.path == from.path) {
+        return Err(Failure::usage(format!(
+            "{old} cannot take its own place; 'mortar volume reset-brick {name} {old}' builds it anew on a new disk."
+        )));
+    }
+    let consequence = match &new {
+        Some(new) => format!(
+            "Brick {old} of volume {name} gives its place to {new} for good, which is then built from the others; until it is, there \
+             is one copy less."
+        ),
+        None => {
+            format!("Brick {old} of volume {name} is built anew from the others; until it is, there is one copy less.")
+        }
+    };
+    confirm(yes, &consequence)?;
+    let request =
+        BrickReplaceRequest { volume: name.clone(), old: Some(from.to_spec()), new: to.map(|to| to.to_spec()), force };
+    cluster.change(async |mut client| client.brick_replace(request.clone()).await).await?;
+    let watch = format!("'mortar volume heal {name} watch' shows how far it is.");
+    match &new {
+        Some(new) => {
+            output.done("brick replaced", &format!("{new} has taken the place of {old} and is being built. {watch}"))
+        }
+        None => output.done("brick reset", &format!("{old} is built anew. {watch}")),
+    }
+    Ok(())
+}
+
+/// Makes one brick the one that is in sync, after telling what that loses.
+///
+/// # Errors
+/// What was refused or failed.
+pub async fn accept_loss(cluster: &Cluster, output: Output, name: &str, brick: &str, yes: bool) -> Outcome {
+    let spec = Brick::parse(brick).map_err(Failure::Usage)?.to_spec();
+    let request = |commit| AcceptLossRequest { volume: name.to_owned(), brick: Some(spec.clone()), commit };
+    let told = cluster.ask(async |mut client| client.accept_loss(request(false)).await).await?;
+    confirm_by("--yes-i-lose-data", yes, &told.lost.join("\n"))?;
+    cluster.change(async |mut client| client.accept_loss(request(true)).await).await?;
+    let json = serde_json::json!({ "done": "data loss accepted", "lost": told.lost });
+    output.show(&json, || {
+        format!("{brick} is in sync now. 'mortar volume heal {name} watch' shows how the others come back.")
+    });
+    Ok(())
 }
 
 #[cfg(test)]

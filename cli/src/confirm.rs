@@ -11,12 +11,20 @@ use crate::output::can_ask;
 /// # Errors
 /// When the answer is no, or nobody can answer.
 pub fn confirm(yes: bool, consequence: &str) -> Outcome {
+    confirm_by("--yes", yes, consequence)
+}
+
+/// The same, where another option answers.
+///
+/// # Errors
+/// When the answer is no, or nobody can answer.
+pub fn confirm_by(option: &str, yes: bool, consequence: &str) -> Outcome {
     if yes {
         return Ok(());
     }
     if !can_ask() {
         return Err(Failure::usage(format!(
-            "{consequence} There is no terminal to ask on: say --yes if that is meant."
+            "{consequence} There is no terminal to ask on: say {option} if that is meant."
         )));
     }
     eprint!("{consequence} Continue? [y/N] ");

@@ -103,7 +103,7 @@ fn to_lines(reply: &HealInfoReply) -> String {
             "{}:{} {}, {} ({}) left in {}",
             brick.server,
             brick.path,
-            brick.state,
+            told_state(brick),
             count(brick.missed_regions, "region"),
             bytes(brick.missed_bytes),
             count(brick.files.len() as u64, "file"),
@@ -121,7 +121,12 @@ fn to_lines(reply: &HealInfoReply) -> String {
 }
 
 fn is_whole(brick: &BrickHealRow) -> bool {
-    brick.state == "in-sync" && brick.missed_regions == 0 && brick.files.is_empty()
+    brick.state == "in-sync" && brick.missed_regions == 0 && brick.files.is_empty() && !brick.compare
+}
+
+/// Its state, and that it waits to be compared with the others.
+fn told_state(brick: &BrickHealRow) -> String {
+    if brick.compare && brick.state == "in-sync" { "in-sync, to be compared".into() } else { brick.state.clone() }
 }
 
 fn corruption(brick: &BrickHealRow) -> Corruption {
@@ -135,7 +140,7 @@ fn to_json(name: &str, reply: &HealInfoReply) -> Value {
     };
     let brick = |brick: &BrickHealRow| {
         json!({
-            "server": brick.server, "path": brick.path, "state": brick.state,
+            "server": brick.server, "path": brick.path, "state": brick.state, "compare": brick.compare,
             "missed_regions": brick.missed_regions, "missed_bytes": brick.missed_bytes, "rate_bytes": brick.rate_bytes,
             "left_seconds": (brick.left_seconds != UNKNOWN).then_some(brick.left_seconds),
             "corrupt_found": corruption(brick).found, "corrupt_repaired": corruption(brick).repaired,
@@ -161,7 +166,7 @@ fn to_text(name: &str, reply: &HealInfoReply) -> String {
         };
         bricks.add_row(vec![
             format!("{}:{}", brick.server, brick.path).into(),
-            state(&brick.state, true),
+            state(&told_state(brick), true),
             number(count(brick.missed_regions, "region")),
             number(bytes(brick.missed_bytes)),
             number(rate),
@@ -213,6 +218,7 @@ mod tests {
             left_seconds: UNKNOWN,
             files: Vec::new(),
             corruption: None,
+            compare: false,
         }
     }
 

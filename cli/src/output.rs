@@ -93,7 +93,7 @@ pub fn number(value: impl ToString) -> Cell {
 pub fn state(state: &str, reachable: bool) -> Cell {
     match (state, reachable) {
         (state, false) => Cell::new(format!("{state}, not reachable")).fg(Color::Red),
-        ("in-sync", true) => Cell::new(state).fg(Color::Green),
+        (state, true) if state.starts_with("in-sync") => Cell::new(state).fg(Color::Green),
         ("syncing", true) => Cell::new(state).fg(Color::Yellow),
         (other, true) => Cell::new(other).fg(Color::Red),
     }

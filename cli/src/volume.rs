@@ -10,7 +10,7 @@ use crate::confirm::confirm;
 use crate::failure::{Failure, Outcome};
 use crate::output::Output;
 use crate::scrub::ScrubAction;
-use crate::{heal, options, report, scrub};
+use crate::{bricks, heal, options, report, scrub};
 
 /// What can be done with volumes.
 #[derive(Subcommand, Debug)]
@@ -109,6 +109,54 @@ Examples:
     },
     /// List the options there are: default, range, meaning
     Options,
+    /// Put an empty brick in the place of another, and build it from the others; asks first
+    #[command(after_help = "\
+For a disk or a server that is gone for good, or is to be taken away. NEW must be an empty directory (or one that does not exist \
+yet) on XFS, on a server of the cluster, as for 'volume create'. The old brick is no part of the volume from then on; its \
+files stay where they are. The volume stays in use: the new brick takes writes at once and is built beside them; 'mortar volume heal \
+NAME watch' shows how far it is. Servers may be restarted meanwhile.
+
+Refused when no other brick of the same replica set that is in sync is heard, for nothing could be built from; and, unless \
+--force, when the old brick is in sync and only one other is, for the new one is no copy before it is built.
+
+Example:
+  mortar volume replace-brick vmstore s2:/bricks/b1/data s4:/bricks/b1/data")]
+    ReplaceBrick {
+        /// The volume
+        name: String,
+        /// The brick that goes, SERVER:/path
+        old: String,
+        /// The one that comes, SERVER:/path
+        new: String,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+        /// Also when one good copy is left, on the root file system, and twice on one server
+        #[arg(long)]
+        force: bool,
+    },
+    /// Build a brick anew in its own directory, whose disk is a new one; asks first
+    #[command(after_help = "\
+After a disk was replaced: mount the new, empty file system where the old one was, and say this. The directory must be empty (or not \
+be there); one that still holds the brick's files is refused: empty it first, its '.mortar' too. Everything else is as for \
+'mortar volume replace-brick'.
+
+A brick whose directory is found empty is never taken for a brick with empty files: it stays out until this is said.
+
+Example:
+  mortar volume reset-brick vmstore s2:/bricks/b1/data")]
+    ResetBrick {
+        /// The volume
+        name: String,
+        /// The brick, SERVER:/path
+        brick: String,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+        /// Also when one good copy is left, on the root file system, and twice on one server
+        #[arg(long)]
+        force: bool,
+    },
     /// Repair bricks that lack something: now, with a look at how it goes on
     #[command(
         args_conflicts_with_subcommands = false,
@@ -155,6 +203,29 @@ pub enum HealAction {
 Ends by itself, with exit code 0, when every brick is in sync. On a terminal the table is drawn anew; elsewhere each brick that lacks \
 something is a line each second, and with --json a line is one object as 'info' prints it. A leader that dies meanwhile is no end.")]
     Watch,
+    /// Go on with one brick though others that had more are gone; tells what is lost, and asks
+    #[command(after_help = "\
+The last resort, when bricks that were in sync will not come back and I/O waits for them. BRICK, whose server must be up, becomes the one \
+that is in sync, as it is. The others are made equal to it when they come back, whatever they have; those whose disks are gone can be \
+replaced then. Reads work again at once, writes when a second brick is in sync or being repaired.
+
+Refused while a brick that is in sync is heard, for then nothing has to be given up.
+
+Example:
+  mortar volume heal vmstore accept-data-loss s3:/bricks/b1/data")]
+    AcceptDataLoss {
+        /// The brick that is taken, SERVER:/path
+        brick: String,
+        /// Do not ask
+        #[arg(long)]
+        yes_i_lose_data: bool,
+    },
+    /// Compare all bricks with each other, all of their data
+    #[command(after_help = "\
+One brick of each replica set after the other stops serving reads, reads all it has, and gets back from another one what does not \
+match its checksums or differs. It takes writes meanwhile, so two good copies stay at any time. When a brick is out, or fails, the \
+comparison waits. 'info' and 'watch' show how far it is; it goes on by itself after restarts.")]
+    Full,
 }
 
 /// Does it.
@@ -225,11 +296,31 @@ pub async fn run(command: VolumeCommand, cluster: &Cluster, output: Output) -> O
             output.show(&options::table_json(), options::table_text);
             Ok(())
         }
+        VolumeCommand::ReplaceBrick { name, old, new, yes, force } => {
+            bricks::replace(cluster, output, bricks::Replacing { name, old, new: Some(new), yes, force }).await
+        }
+        VolumeCommand::ResetBrick { name, brick, yes, force } => {
+            bricks::replace(cluster, output, bricks::Replacing { name, old: brick, new: None, yes, force }).await
+        }
         VolumeCommand::Heal { name, action } => {
             let request = named(&name)?;
             match action {
                 None => heal::start(cluster, output, request).await,
                 Some(HealAction::Info) => heal::info(cluster, output, &name).await,
+                Some(HealAction::Full) => {
+                    cluster.change(async |mut client| client.heal_full(request.clone()).await).await?;
+                    output.done(
+                        "comparison started",
+                        &format!(
+                            "All bricks of volume {name} are compared, one of a replica set at a time. 'mortar volume heal {name} watch' \
+                             shows how far it is."
+                        ),
+                    );
+                    Ok(())
+                }
+                Some(HealAction::AcceptDataLoss { brick, yes_i_lose_data }) => {
+                    bricks::accept_loss(cluster, output, &name, &brick, yes_i_lose_data).await
+                }
                 Some(HealAction::Watch) => heal::watch(cluster, output, &name).await,
             }
         }

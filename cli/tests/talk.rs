@@ -33,6 +33,8 @@ struct Scripted {
     sent: Arc<Mutex<Vec<VolumeSetRequest>>>,
     clients: Arc<Mutex<ClientListReply>>,
     evicted: Arc<Mutex<Vec<String>>>,
+    losses: Arc<Mutex<Vec<AcceptLossRequest>>>,
+    replaced: Arc<Mutex<Vec<BrickReplaceRequest>>>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
@@ -97,6 +99,17 @@ impl Cluster for Scripted {
     }
     async fn volume_status(&self, _: Request<VolumeRequest>) -> Reply<VolumeStatusReply> {
         Err(Status::unimplemented("not in this test"))
+    }
+    async fn accept_loss(&self, request: Request<AcceptLossRequest>) -> Reply<AcceptLossReply> {
+        self.losses.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(AcceptLossReply { lost: vec!["Everything since noon is lost.".into()] }))
+    }
+    async fn heal_full(&self, _: Request<VolumeRequest>) -> Reply<Empty> {
+        Ok(Response::new(Empty {}))
+    }
+    async fn brick_replace(&self, request: Request<BrickReplaceRequest>) -> Reply<Empty> {
+        self.replaced.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(Empty {}))
     }
     async fn heal_start(&self, _: Request<VolumeRequest>) -> Reply<HealStartReply> {
         let row = |path: &str, awaits: &str| HealStartRow {
@@ -406,6 +419,7 @@ fn watching_goes_on_until_nothing_is_left_to_heal_and_writes_plain_lines_to_a_pi
             left_seconds,
             files: vec![FileHealRow { path: "/vm1".into(), ino: 7, regions, bytes: regions << 20 }],
             corruption: None,
+            compare: false,
         };
         Ok(Response::new(HealInfoReply { bricks: vec![row] }))
     };
@@ -426,4 +440,42 @@ fn watching_goes_on_until_nothing_is_left_to_heal_and_writes_plain_lines_to_a_pi
     // The first question is answered, or there is nothing to watch.
     *server.heals.lock().unwrap() = vec![Err(Status::invalid_argument("there is no volume \"v\""))];
     mortar(&[&address], "volume heal v watch").0.expect(1, "there is no volume");
+}
+
+#[test]
+fn replacing_and_resetting_a_brick_say_which_and_ask_first() {
+    let server = Scripted::default();
+    let address = server.serve(1);
+    let said = mortar(&[&address], "volume replace-brick v s1:/b/1 s4:/b/4").0;
+    said.expect(2, "say --yes if that is meant").expect(2, "s1:/b/1").expect(2, "s4:/b/4");
+    mortar(&[&address], "volume replace-brick v s1:/b/1 s1:/b/1 --yes")
+        .0
+        .expect(2, "mortar volume reset-brick v s1:/b/1");
+    mortar(&[&address], "volume reset-brick v s1").0.expect(2, "'s1' is no brick");
+    mortar(&[&address], "volume reset-brick v s1:/b/1").0.expect(2, "say --yes if that is meant");
+    assert_eq!(server.replaced.lock().unwrap().len(), 0);
+    mortar(&[&address], "volume replace-brick v s1:/b/1 s4:/b/4 --yes").0.expect(0, "heal v watch");
+    mortar(&[&address], "volume reset-brick v s1:/b/1 --yes --force").0.expect(0, "is built anew");
+    mortar(&[&address], "volume heal v full").0.expect(0, "one of a replica set at a time");
+    let sent = server.replaced.lock().unwrap().clone();
+    let spec = |server: &str, path: &str| Some(BrickSpec { server: server.into(), path: path.into() });
+    assert_eq!(
+        (sent[0].old.clone(), sent[0].new.clone(), sent[0].force),
+        (spec("s1", "/b/1"), spec("s4", "/b/4"), false)
+    );
+    assert_eq!((sent[1].old.clone(), sent[1].new.clone(), sent[1].force), (spec("s1", "/b/1"), None, true));
+}
+
+#[test]
+fn accepting_a_loss_tells_what_is_lost_before_it_asks_and_plain_yes_is_no_answer() {
+    let server = Scripted::default();
+    let address = server.serve(1);
+    let line = "volume heal v accept-data-loss s3:/b";
+    let (run, _) = mortar(&[&address], line);
+    run.expect(2, "Everything since noon is lost.").expect(2, "--yes-i-lose-data");
+    mortar(&[&address], &format!("{line} --yes")).0.expect(2, "unexpected argument");
+    assert!(server.losses.lock().unwrap().iter().all(|asked| !asked.commit));
+    mortar(&[&address], &format!("{line} --yes-i-lose-data")).0.expect(0, "s3:/b is in sync now");
+    let sent = server.losses.lock().unwrap().last().cloned().unwrap();
+    assert_eq!((sent.commit, sent.brick), (true, Some(BrickSpec { server: "s3".into(), path: "/b".into() })));
 }

@@ -128,6 +128,9 @@ pub struct Member {
     pub syncing_since: ConfigNo,
     /// True when its last registration told of a clean shutdown.
     pub clean: bool,
+    /// All that the set has is to be compared when it is `Syncing`, whatever the lists say `[S1]`: it is new in its place, or
+    /// others lost what it may have, or the administrator wants it. Until it is promoted.
+    pub full: bool,
 }
 
 /// A replica set's bricks and their states, under one number.

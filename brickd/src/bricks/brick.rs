@@ -159,9 +159,7 @@ impl Brick {
         let ids = BrickId3 { cluster, volume, brick: id };
         let Opened { dir, journal, objects, loaded } = store::open(Path::new(&opening.path), ids, volume_name)?;
         let slot = configuration.slot_of(id).ok_or_else(|| anyhow::anyhow!("the brick is not in its replica set"))?;
-        let missed =
-            loaded.missed.into_iter().filter_map(|(x, ino, regions)| Some((configuration.slot_of(x)?, ino, regions)));
-        let recorded = Recorded { intents: loaded.intents, missed: missed.collect() };
+        let recorded = Recorded { intents: loaded.intents, missed: loaded.missed };
         let mut random = [0_u8; 8];
         getrandom::fill(&mut random).map_err(|e| anyhow::anyhow!("no random numbers: {e}"))?;
         let incarnation = Incarnation(u64::from_le_bytes(random) | 1);
@@ -254,7 +252,9 @@ impl Brick {
 
     pub(super) fn configured(&self, configuration: Configuration, cold_start: Option<Slot>) {
         let mut replica = self.replica.lock();
-        if replica.configuration().is_some_and(|c| c.n >= configuration.n) {
+        // A configuration without this brick is from before it was made, or says that another has taken its place.
+        let is_ours = configuration.slot_of(self.id) == Some(self.slot);
+        if !is_ours || replica.configuration().is_some_and(|c| c.n >= configuration.n) {
             return;
         }
         let before = replica.state();
@@ -272,6 +272,7 @@ impl Brick {
                 self.journal.remove(vec![Removal::AllMissed(x, ino)]);
             }
         }
+        self.journal.remove(replica.forget_replaced().into_iter().map(|(x, ino)| Removal::AllMissed(x, ino)).collect());
         let now = replica.state();
         if replica.is_live() && now == BrickState::InSync {
             self.was_in_sync.store(true, Ordering::Relaxed);

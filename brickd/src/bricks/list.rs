@@ -1,17 +1,22 @@
 //! Lists of regions and extents. What one answer cannot hold comes in pages: a brick asks again from the file after the last
 //! one it was told of, until it is told of none; a client asks again when it has repaired what it was told of.
 
+use std::time::{Duration, Instant};
+
 use mortar_proto::config::Slot;
 use mortar_proto::interval::IntervalSet;
 use mortar_proto::replica::Stamp;
 use mortar_proto::wire::data::{self, request::What, response::Outcome};
-use mortar_proto::{Ino, SIZE_REGION};
+use mortar_proto::{EXTENT_BYTES, Ino, SIZE_REGION};
 
 use super::brick::Brick;
-use super::requests::{Answer, behind, failed};
+use super::requests::{Answer, behind, failed, store_failed};
+use crate::store::StoreError;
 
 /// Intervals in one answer, at most: they fit into a frame's header.
 const MAX_LISTED: usize = 100_000;
+/// How long a brick looks for data before it answers with what it has found: another one waits for it.
+const PAGE_TIME: Duration = Duration::from_secs(1);
 /// Intervals of one file in an answer to a brick, at most; more are told as fewer that cover them.
 const MAX_OF_FILE: usize = 50_000;
 
@@ -37,6 +42,10 @@ pub(super) fn for_peer(brick: &Brick, from: Ino, stamp: &Stamp, what: &What) -> 
     if replica.report().is_none_or(|r| r.n != stamp.n) {
         return behind();
     }
+    if matches!(what, What::DataList(_)) {
+        drop(replica);
+        return data_from(brick, from).map_or_else(|e| store_failed(brick, &e), reply);
+    }
     let files: Vec<(Ino, IntervalSet)> = match what {
         What::MissedList(list) => match Slot::ALL.get(list.slot as usize) {
             Some(x) => replica.missed(*x),
@@ -49,6 +58,37 @@ pub(super) fn for_peer(brick: &Brick, from: Ino, stamp: &Stamp, what: &What) -> 
     };
     drop(replica);
     reply(page(files, from))
+}
+
+/// Files from `from` on, each with its extents that have data: as many as fit into an answer, and as many as are looked at in time.
+fn data_from(brick: &Brick, from: Ino) -> Result<Vec<(Ino, IntervalSet)>, StoreError> {
+    let mut inos = brick.objects.inodes()?;
+    inos.retain(|ino| *ino >= from);
+    inos.sort_unstable();
+    let (began, mut listed, mut page) = (Instant::now(), 0, Vec::new());
+    for ino in inos {
+        let extents = coarser(data_of(brick, ino)?, MAX_OF_FILE);
+        listed += extents.iter().count();
+        if !page.is_empty() && (listed > MAX_LISTED || began.elapsed() > PAGE_TIME) {
+            break;
+        }
+        page.push((ino, extents));
+    }
+    Ok(page)
+}
+
+/// The extents of a file that have data here, and its first one, which stands for its size.
+pub(super) fn data_of(brick: &Brick, ino: Ino) -> Result<IntervalSet, StoreError> {
+    let mut extents = IntervalSet::new();
+    extents.insert(0..1);
+    let mut at = 0;
+    while let Some(data) = brick.objects.seek(ino, at, false)? {
+        let hole = brick.objects.seek(ino, data, true)?.unwrap_or(data).max(data + 1);
+        let (first, end) = (data / EXTENT_BYTES, hole.div_ceil(EXTENT_BYTES));
+        extents.insert(first..end);
+        at = end * EXTENT_BYTES;
+    }
+    Ok(extents)
 }
 
 fn page(files: Vec<(Ino, IntervalSet)>, from: Ino) -> Vec<(Ino, IntervalSet)> {

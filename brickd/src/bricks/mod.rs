@@ -42,17 +42,18 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use mortar_proto::config::{Configuration, Slot};
 use mortar_proto::metadata::Effect;
 use mortar_proto::metadata::options::Options;
-use mortar_proto::metadata::state::{Node, State};
+use mortar_proto::metadata::state::{Node, ReplicaSet, State};
 use mortar_proto::wire::{cluster, peer};
-use mortar_proto::{BootId, BrickId, ConfigNo, Epoch, Ino, LogIndex, SessionId, SetId, VolumeId};
-use parking_lot::RwLock;
+use mortar_proto::{BootId, BrickId, ConfigNo, Epoch, Incarnation, Ino, LogIndex, SessionId, SetId, VolumeId};
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::log::{Applied, Log};
@@ -63,6 +64,10 @@ use chores::Chore;
 const MAX_EVENTS: usize = 1_000_000;
 /// How long a clean stop waits to be put out: clients then need not find out by themselves.
 const STOP_WAIT: Duration = Duration::from_secs(4);
+
+/// How long a brick waits for the one that was in its directory before it to end.
+const CLOSE_WAIT: Duration = Duration::from_secs(15);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// What the log tells a brick, in the log's order.
 #[derive(Clone)]
@@ -84,6 +89,29 @@ struct Whole {
     leases: Vec<(Ino, Epoch, SessionId)>,
 }
 
+impl Whole {
+    /// What the state says of the sets that `wants` picks.
+    fn of(state: &State, index: LogIndex, wants: impl Fn(SetId) -> bool) -> BTreeMap<SetId, Arc<Self>> {
+        let sets = state.sets.iter().filter(|(set, _)| wants(**set));
+        let whole = |row: &ReplicaSet| {
+            let cold_starts = row.cold_starts.iter().copied().collect();
+            Self { index, configuration: row.configuration, cold_starts, leases: Vec::new() }
+        };
+        let mut wholes: BTreeMap<SetId, Self> = sets.map(|(set, row)| (*set, whole(row))).collect();
+        if wholes.is_empty() {
+            return BTreeMap::new();
+        }
+        for (ino, inode) in &state.inodes {
+            if let Node::File { set, lease } = &inode.node
+                && let Some(whole) = wholes.get_mut(set)
+            {
+                whole.leases.push((*ino, lease.epoch, lease.holder.unwrap_or_default()));
+            }
+        }
+        wholes.into_iter().map(|(set, whole)| (set, Arc::new(whole))).collect()
+    }
+}
+
 /// Whom an event is for.
 enum For {
     Set(SetId),
@@ -94,6 +122,8 @@ type Opened = Arc<OnceLock<Result<Arc<Brick>, String>>>;
 
 /// A brick of this server, open or on its way.
 struct Kept {
+    /// It is told everything up to here at once, and no more of it.
+    knows: LogIndex,
     id: BrickId,
     set: SetId,
     volume: VolumeId,
@@ -131,6 +161,9 @@ impl Kept {
 pub struct Bricks {
     log: Log,
     kept: RwLock<BTreeMap<BrickId, Arc<Kept>>>,
+    /// Bricks that are gone, by their directories: another one there waits until nothing of them runs.
+    closing: Mutex<BTreeMap<String, Weak<Brick>>>,
+    is_caught_up: Arc<AtomicBool>,
 }
 
 impl Bricks {
@@ -139,7 +172,8 @@ impl Bricks {
     /// # Errors
     /// When no thread can be started.
     pub fn open(log: Log, applied: UnboundedReceiver<Applied>) -> anyhow::Result<Arc<Self>> {
-        let keeper = Arc::new(Self { log, kept: RwLock::default() });
+        let keeper =
+            Arc::new(Self { log, kept: RwLock::default(), closing: Mutex::default(), is_caught_up: Arc::default() });
         let runner = Arc::clone(&keeper);
         std::thread::Builder::new().name("applier".into()).spawn(move || runner.run(applied))?;
         Ok(keeper)
@@ -166,25 +200,11 @@ impl Bricks {
         let applied = self.log.applied();
         let (openings, wholes, index) = self.log.with_state(|state| {
             let index = applied.max(state.applied);
-            let mut wholes: BTreeMap<SetId, Arc<Whole>> = state
-                .sets
-                .iter()
-                .map(|(set, row)| {
-                    let cold_starts = row.cold_starts.iter().copied().collect();
-                    (*set, Whole { index, configuration: row.configuration, cold_starts, leases: Vec::new() })
-                })
-                .map(|(set, whole)| (set, Arc::new(whole)))
-                .collect();
-            for (ino, inode) in &state.inodes {
-                if let Node::File { set, lease } = &inode.node
-                    && let Some(whole) = wholes.get_mut(set).and_then(Arc::get_mut)
-                {
-                    whole.leases.push((*ino, lease.epoch, lease.holder.unwrap_or_default()));
-                }
-            }
+            let wholes = Whole::of(state, index, |_| true);
             (self.openings(state), wholes, index)
         });
-        openings.into_iter().for_each(|opening| self.keep(opening));
+        self.drop_replaced();
+        openings.into_iter().for_each(|opening| drop(self.keep(opening, index)));
         for kept in self.all() {
             match wholes.get(&kept.set) {
                 Some(whole) => kept.tell(Event::Whole(Arc::clone(whole))),
@@ -196,12 +216,25 @@ impl Bricks {
 
     fn take(&self, index: LogIndex, effects: Vec<Effect>) {
         for effect in effects {
-            let (openings, told) = self.log.with_state(|state| self.told(state, index, effect));
-            openings.into_iter().for_each(|opening| self.keep(opening));
+            // Entries that are no commands do not show in the state; everything up to here is in it.
+            let applied = self.log.applied();
+            let (openings, wholes, told, known) = self.log.with_state(|state| {
+                let (openings, told) = self.told(state, index, effect);
+                let known = applied.max(state.applied);
+                let wholes = Whole::of(state, known, |set| openings.iter().any(|o| o.set == set));
+                (openings, wholes, told, known)
+            });
+            self.drop_replaced();
+            for opening in openings {
+                // A brick that takes another's place has to know who may write its files: that was told before it was there.
+                let whole = wholes.get(&opening.set).cloned();
+                let kept = self.keep(opening, known);
+                whole.into_iter().for_each(|whole| kept.tell(Event::Whole(whole)));
+            }
             if let Some((whom, event)) = told {
                 let is_meant = |kept: &Arc<Kept>| match whom {
-                    For::Set(set) => kept.set == set,
-                    For::Volume(volume) => kept.volume == volume,
+                    For::Set(set) => kept.set == set && index > kept.knows,
+                    For::Volume(volume) => kept.volume == volume && index > kept.knows,
                 };
                 self.all().iter().filter(|kept| is_meant(kept)).for_each(|kept| kept.tell(event.clone()));
             }
@@ -238,6 +271,16 @@ impl Bricks {
         (openings, told)
     }
 
+    /// Bricks in whose place are others by now, and those of volumes that are gone.
+    fn drop_replaced(&self) {
+        let all = self.all();
+        let gone = self.log.with_state(|s| {
+            let gone = all.iter().filter(|kept| !s.bricks.contains_key(&kept.id));
+            gone.map(|kept| kept.id).collect::<Vec<_>>()
+        });
+        gone.into_iter().for_each(|id| self.drop_brick(id));
+    }
+
     /// Bricks of this server that are not kept yet.
     fn openings(&self, state: &State) -> Vec<Opening> {
         let me = self.log.identity().server;
@@ -247,25 +290,31 @@ impl Bricks {
     }
 
     /// Opens a brick, in the thread that will tell it what the log says.
-    fn keep(&self, opening: Opening) {
+    fn keep(&self, opening: Opening, knows: LogIndex) -> Arc<Kept> {
         let (events, told) = unbounded();
         let opened = Opened::default();
-        let kept = Kept {
+        let kept = Arc::new(Kept {
+            knows,
             id: opening.id,
             set: opening.set,
             volume: opening.volume,
             path: opening.path.clone(),
             events,
             opened: Arc::clone(&opened),
+        });
+        self.kept.write().insert(kept.id, Arc::clone(&kept));
+        let site = Site {
+            log: self.log.clone(),
+            before: self.closing.lock().remove(&opening.path),
+            is_caught_up: Arc::clone(&self.is_caught_up),
         };
-        self.kept.write().insert(kept.id, Arc::new(kept));
-        let log = self.log.clone();
         let result = Arc::clone(&opened);
         let spawned =
-            std::thread::Builder::new().name("brick-log".into()).spawn(move || feed(&opening, log, &result, &told));
+            std::thread::Builder::new().name("brick-log".into()).spawn(move || feed(&opening, site, &result, &told));
         if let Err(e) = spawned {
             let _ = opened.set(Err(format!("no thread for it can be started: {e}")));
         }
+        kept
     }
 
     fn all(&self) -> Vec<Arc<Kept>> {
@@ -279,9 +328,10 @@ impl Bricks {
     fn drop_brick(&self, id: BrickId) {
         // Its thread ends, and closes it, when nobody can tell it anything any more.
         if let Some(kept) = self.kept.write().remove(&id) {
-            tracing::info!(brick = %id, "the brick's volume was deleted; its files stay in {}", kept.path);
+            tracing::info!(brick = %id, "the brick is no part of any volume any more; its files stay in {}", kept.path);
             if let Some(brick) = kept.brick() {
                 brick.close();
+                self.closing.lock().insert(kept.path.clone(), Arc::downgrade(brick));
             }
         }
     }
@@ -298,6 +348,9 @@ impl Bricks {
 
     /// The leader answered a heartbeat that was sent at `sent` `[R1]`.
     pub fn heartbeat_answered(&self, sent: Instant, reply: &peer::HeartbeatReply) {
+        if self.log.applied() >= LogIndex(reply.commit) {
+            self.is_caught_up.store(true, Ordering::Release);
+        }
         self.each(|brick| brick.heartbeat_answered(sent, reply));
     }
 
@@ -347,14 +400,75 @@ impl Bricks {
     }
 }
 
+/// What a brick finds when it is opened.
+struct Site {
+    log: Log,
+    /// The brick that was in its directory before, as long as something of it runs.
+    before: Option<Weak<Brick>>,
+    /// The log is applied as far as it had come when this server was heard first.
+    is_caught_up: Arc<AtomicBool>,
+}
+
+impl Site {
+    fn open(&self, opening: &Opening) -> anyhow::Result<Arc<Brick>> {
+        let until = Instant::now() + CLOSE_WAIT;
+        while self.before.as_ref().is_some_and(|b| b.strong_count() > 0) {
+            anyhow::ensure!(
+                Instant::now() < until,
+                "the brick that was in {} before still hangs on its disk; restart mortar-brickd",
+                opening.path
+            );
+            std::thread::sleep(LOOK);
+        }
+        loop {
+            match Brick::open(opening, self.log.clone()) {
+                // The journal of the brick before is closed a moment after everything else of it.
+                Err(_) if self.before.is_some() && Instant::now() < until => std::thread::sleep(LOOK),
+                opened => return opened,
+            }
+        }
+    }
+
+    /// A directory without a brick becomes one only if there never was one: a disk that is not mounted, or was replaced by an empty
+    /// one, would else be taken for a brick whose files are all empty. What the log says of that counts once it is applied as
+    /// far as it goes.
+    ///
+    /// # Errors
+    /// The sentence for the administrator.
+    fn check_made(&self, opening: &Opening) -> anyhow::Result<()> {
+        if is_brick(std::path::Path::new(&opening.path)).is_some() {
+            return Ok(());
+        }
+        while !self.is_caught_up.load(Ordering::Acquire) && self.is_wanted(opening.id) {
+            std::thread::sleep(LOOK);
+        }
+        let was_there = self.log.with_state(|state| {
+            let members = state.sets.get(&opening.set).map(|set| set.configuration.members);
+            members.is_some_and(|m| m.iter().any(|m| m.brick == opening.id && m.incarnation != Incarnation(0)))
+        });
+        anyhow::ensure!(
+            !was_there,
+            "there is no brick in {}, though there was one: is its disk mounted? If it is, restart mortar-brickd; if the disk is a new one, \
+             have the brick built anew with 'mortar volume reset-brick'",
+            opening.path
+        );
+        Ok(())
+    }
+
+    fn is_wanted(&self, brick: BrickId) -> bool {
+        self.log.with_state(|state| state.bricks.contains_key(&brick))
+    }
+}
+
 /// The life of a brick: opened, told what the log says, closed.
-fn feed(opening: &Opening, log: Log, opened: &Opened, events: &Receiver<Event>) {
+fn feed(opening: &Opening, site: Site, opened: &Opened, events: &Receiver<Event>) {
     let (id, path) = (opening.id, &opening.path);
+    let made = site.check_made(opening);
     // A server that has just started goes through the log once more; a brick that is gone by now is left alone.
-    if log.with_state(|state| !state.bricks.contains_key(&id)) {
+    if !site.is_wanted(id) {
         return;
     }
-    let brick = match Brick::open(opening, log) {
+    let brick = match made.and_then(|()| site.open(opening)) {
         Ok(brick) => {
             tracing::info!(brick = %id, path, "brick is open");
             brick
@@ -365,6 +479,7 @@ fn feed(opening: &Opening, log: Log, opened: &Opened, events: &Receiver<Event>) 
             return;
         }
     };
+    drop(site);
     if opened.set(Ok(Arc::clone(&brick))).is_err() {
         return brick.close();
     }

@@ -167,7 +167,7 @@ fn refuse(what: &What, payload: &[u8], sender: Sender) -> Option<Answer> {
     let no_piece = |start: u64, end: u64| {
         start > end || end > MAX_FILE_BYTES || ByteRange { start, end }.to_blocks().len() > MAX_IO_BYTES
     };
-    let of_bricks = matches!(what, What::Sums(_) | What::IntentList(_) | What::MissedList(_));
+    let of_bricks = matches!(what, What::Sums(_) | What::IntentList(_) | What::MissedList(_) | What::DataList(_));
     if !(of_bricks && sender == Sender::Brick
         || !of_bricks && sender != Sender::Brick
         || matches!(what, What::Read(_) | What::Report(_)))

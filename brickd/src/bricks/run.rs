@@ -43,7 +43,9 @@ pub(super) fn run(brick: &Arc<Brick>, asked: &Asked, permit: &Permit) -> Answer 
         (What::Report(report), _) => damage::reported(brick, ino, report),
         (What::Seek(_), _) if has_wrong_size(brick, ino) => behind(),
         (What::Seek(seek), _) => self::seek(brick, ino, seek),
-        (What::IntentList(_) | What::MissedList(_), _) => list::for_peer(brick, ino, &asked.stamp, &asked.what),
+        (What::IntentList(_) | What::MissedList(_) | What::DataList(_), _) => {
+            list::for_peer(brick, ino, &asked.stamp, &asked.what)
+        }
         _ => admitted(brick, asked, permit).map_or_else(
             |answer| answer,
             |(ticket, purpose, due)| match durably(brick, ino, ticket, purpose, &due) {

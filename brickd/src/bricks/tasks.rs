@@ -10,7 +10,7 @@ use mortar_proto::wire::data::{self, request::What};
 use mortar_proto::{ConfigNo, EXTENT_BYTES, Ino, MAX_FILE_BYTES, SIZE_REGION};
 
 use super::brick::Brick;
-use crate::store::{Record, Removal};
+use crate::store::{Record, Removal, StoreError};
 
 /// How often the end of a repair is looked for, and how long it is left alone when others still have something to give.
 const REPAIR_EVERY: Duration = Duration::from_millis(50);
@@ -104,14 +104,17 @@ fn intervals(file: &data::FileRegions, end: u64) -> impl Iterator<Item = Range<u
     file.bounds.chunks_exact(2).map(|b| b[0]..b[1]).filter(move |r| r.start < r.end && r.end <= end)
 }
 
-/// [S1] The plan: own intents, and, unless the stop was clean, those of a source.
+/// [S1] The plan: own intents, and, unless the stop was clean, those of a source. In full: wherever the source or this brick has
+/// data, and every size; where both have none they do not differ.
 fn plan(brick: &Brick, n: ConfigNo, sources: Slots) {
+    let in_full = brick.replica.lock().plans_in_full();
+    let list = if in_full { What::DataList(data::DataList {}) } else { What::IntentList(data::IntentList {}) };
     let mut intents: Vec<(Ino, Vec<u64>)> = Vec::new();
     let mut listed = 0;
     let mut ask = |source: Slot| {
         intents.clear();
         listed = 0;
-        brick.ask_for_list(source, n, &What::IntentList(data::IntentList {}), |files| {
+        brick.ask_for_list(source, n, &list, |files| {
             for file in files {
                 let extents: Vec<Range<u64>> = intervals(&file, MAX_FILE_BYTES / EXTENT_BYTES + 1).collect();
                 listed += extents.iter().map(|r| (r.end - r.start) as usize).sum::<usize>();
@@ -125,9 +128,22 @@ fn plan(brick: &Brick, n: ConfigNo, sources: Slots) {
         })
     };
     if sources.is_empty() || sources.iter().any(&mut ask) {
+        if in_full {
+            match own_data(brick) {
+                Ok(own) => intents.extend(own),
+                Err(e) => return brick.complain(&e),
+            }
+            let extents = intents.iter().map(|(_, extents)| extents.len()).sum::<usize>();
+            tracing::info!(brick = %brick.id, n = n.0, extents, "the whole brick is compared");
+        }
         brick.replica.lock().plan(n, &intents);
         brick.progress.notify_all();
     }
+}
+
+fn own_data(brick: &Brick) -> Result<Vec<(Ino, Vec<u64>)>, StoreError> {
+    let of = |ino: Ino| Ok((ino, super::list::data_of(brick, ino)?.iter().flatten().collect()));
+    brick.objects.inodes()?.into_iter().map(of).collect()
 }
 
 /// [S4] When nothing is left: takes the lists of the others over, flushes, and says so. False: it has to be tried again.

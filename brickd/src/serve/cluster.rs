@@ -8,11 +8,12 @@ use mortar_proto::config::{BrickState, Slot, Slots};
 use mortar_proto::metadata::state::Volume;
 use mortar_proto::metadata::{BrickPlace, Command, Outcome, State};
 use mortar_proto::wire::cluster::{
-    BrickHealReply, BrickHealRequest, BrickHealRow, BrickRow, BrickScrubRequest, BrickSpec, CheckBrickRequest,
-    ClientEvictRequest, ClientListReply, ClientRow, Empty, FileHealRow, HealInfoReply, HealStartReply, IdentifyReply,
-    MissedOf, ScrubStatus, ServerAddReply, ServerAddRequest, ServerListReply, ServerRemoveRequest, ServerRow,
-    VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow, VolumeScrubReply, VolumeScrubRequest,
-    VolumeSetRequest, VolumeStatusReply, VolumeStatusRow, cluster_client::ClusterClient, cluster_server::Cluster,
+    AcceptLossReply, AcceptLossRequest, BrickHealReply, BrickHealRequest, BrickHealRow, BrickReplaceRequest, BrickRow,
+    BrickScrubRequest, BrickSpec, CheckBrickRequest, ClientEvictRequest, ClientListReply, ClientRow, Empty,
+    FileHealRow, HealInfoReply, HealStartReply, IdentifyReply, MissedOf, ScrubStatus, ServerAddReply, ServerAddRequest,
+    ServerListReply, ServerRemoveRequest, ServerRow, VolumeCreateRequest, VolumeInfoReply, VolumeRequest, VolumeRow,
+    VolumeScrubReply, VolumeScrubRequest, VolumeSetRequest, VolumeStatusReply, VolumeStatusRow,
+    cluster_client::ClusterClient, cluster_server::Cluster,
 };
 use mortar_proto::wire::id_bytes;
 use mortar_proto::wire::peer::{AbsorbRequest, peer_client::PeerClient};
@@ -58,7 +59,7 @@ fn refused(outcome: Outcome) -> Result<Response<Empty>, Status> {
 }
 
 /// The server that an administrator means: by `host:port`, host or id.
-fn find_server(state: &State, meant: &str) -> Option<ServerId> {
+pub(super) fn find_server(state: &State, meant: &str) -> Option<ServerId> {
     let full = with_port(meant);
     let by_address = state.servers.iter().find(|(_, s)| s.address == meant || s.address == full);
     let by_host = || {
@@ -71,7 +72,7 @@ fn find_server(state: &State, meant: &str) -> Option<ServerId> {
     by_address.or_else(by_host).or_else(by_id).map(|(id, _)| *id)
 }
 
-fn no_such_server(state: &State, meant: &str) -> Status {
+pub(super) fn no_such_server(state: &State, meant: &str) -> Status {
     let known: Vec<&str> = state.servers.values().map(|s| s.address.as_str()).collect();
     Status::invalid_argument(format!("there is no server {meant:?} in this cluster; there are: {}", known.join(", ")))
 }
@@ -134,7 +135,7 @@ impl Server {
     }
 
     /// Asks a brick's server what the brick knows.
-    async fn ask_heal(&self, address: String, brick: BrickId) -> Option<BrickHealReply> {
+    pub(super) async fn ask_heal(&self, address: String, brick: BrickId) -> Option<BrickHealReply> {
         if address == self.address {
             return self.bricks.heal(brick);
         }
@@ -144,6 +145,26 @@ impl Server {
             client.brick_heal(BrickHealRequest { brick: brick.0 }).await.ok()
         };
         tokio::time::timeout(LOOK_TIMEOUT, ask).await.ok().flatten().map(Response::into_inner)
+    }
+}
+
+impl Server {
+    /// Has a server check a directory of its own that shall become a brick.
+    pub(super) async fn check_place(&self, place: &BrickPlace, force: bool, volume: &str) -> Result<(), Status> {
+        let address =
+            self.log.with_state(|s| s.servers.get(&place.server).map(|s| s.address.clone())).unwrap_or_default();
+        let ask = CheckBrickRequest { path: place.path.clone(), force, volume: volume.to_owned() };
+        let checked = if address == self.address {
+            self.check_brick(Request::new(ask)).await
+        } else {
+            let channel = connect(&address, PEER_TIMEOUT).await.map_err(Status::failed_precondition)?;
+            match tokio::time::timeout(PEER_TIMEOUT, ClusterClient::new(channel).check_brick(ask)).await {
+                Ok(checked) => checked,
+                Err(_) => Err(Status::failed_precondition(format!("server {address} does not answer"))),
+            }
+        };
+        checked.map_err(|s| Status::new(s.code(), format!("server {address}: {}", s.message())))?;
+        Ok(())
     }
 }
 
@@ -261,20 +282,7 @@ impl Cluster for Server {
             .with_state(|s| s.check_new_volume(&request.name, &sets, request.force))
             .map_err(Status::invalid_argument)?;
         for place in &places {
-            let address =
-                self.log.with_state(|s| s.servers.get(&place.server).map(|s| s.address.clone())).unwrap_or_default();
-            let ask =
-                CheckBrickRequest { path: place.path.clone(), force: request.force, volume: request.name.clone() };
-            let checked = if address == self.address {
-                self.check_brick(Request::new(ask)).await
-            } else {
-                let channel = connect(&address, PEER_TIMEOUT).await.map_err(Status::failed_precondition)?;
-                match tokio::time::timeout(PEER_TIMEOUT, ClusterClient::new(channel).check_brick(ask)).await {
-                    Ok(checked) => checked,
-                    Err(_) => Err(Status::failed_precondition(format!("server {address} does not answer"))),
-                }
-            };
-            checked.map_err(|s| Status::new(s.code(), format!("server {address}: {}", s.message())))?;
+            self.check_place(place, request.force, &request.name).await?;
         }
         refused(self.log.propose(Command::VolumeCreate { name: request.name, sets, force: request.force }, None).await?)
     }
@@ -372,6 +380,7 @@ impl Cluster for Server {
                         server: state.servers.get(&brick.server).map_or(String::new(), |s| s.address.clone()),
                         path: brick.path.clone(),
                         state: state_name(member.state),
+                        compare: member.full,
                         missed_regions: regions,
                         missed_bytes: bytes,
                         rate_bytes,
@@ -396,6 +405,20 @@ impl Cluster for Server {
             rows
         });
         Ok(Response::new(HealInfoReply { bricks }))
+    }
+
+    async fn accept_loss(&self, request: Request<AcceptLossRequest>) -> Result<Response<AcceptLossReply>, Status> {
+        self.give_up(request.into_inner()).await.map(Response::new)
+    }
+
+    async fn heal_full(&self, request: Request<VolumeRequest>) -> Result<Response<Empty>, Status> {
+        self.compare_all(&request.into_inner().name).await?;
+        Ok(Response::new(Empty {}))
+    }
+
+    async fn brick_replace(&self, request: Request<BrickReplaceRequest>) -> Result<Response<Empty>, Status> {
+        self.replace_brick(request.into_inner()).await?;
+        Ok(Response::new(Empty {}))
     }
 
     async fn heal_start(&self, request: Request<VolumeRequest>) -> Result<Response<HealStartReply>, Status> {

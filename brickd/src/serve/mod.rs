@@ -8,6 +8,8 @@
 //! | `cluster` | what the administrator says |
 //! | `clients` | which clients there are; ending one |
 //! | `heal` | repair that starts now |
+//! | `replace` | an empty brick in the place of another; comparing all bricks |
+//! | `loss` | going on with less than was acknowledged, by the administrator's word |
 //! | `checks` | may this directory become a brick? |
 //! | `scrub` | scrubs, started, stopped and shown |
 //! | `lead` | the leader's memory: who lives, who is heard, what it proposes by itself |
@@ -17,8 +19,10 @@ mod clients;
 mod cluster;
 mod heal;
 mod lead;
+mod loss;
 mod peer;
 mod port;
+mod replace;
 mod scrub;
 mod session;
 

@@ -12,6 +12,7 @@ fn idle() -> Coordinator {
         boot: BootId(1),
         syncing_since: ConfigNo(0),
         clean: false,
+        full: false,
     };
     let members = [member(1), member(2), member(3)];
     let configuration = Configuration { n: ConfigNo(1), members, unflushed_lost: ConfigNo(0) };

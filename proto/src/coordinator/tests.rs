@@ -24,6 +24,7 @@ fn configuration(n: u64, states: [BrickState; 3]) -> Configuration {
         boot: BootId(1),
         syncing_since: ConfigNo(0),
         clean: false,
+        full: false,
     };
     Configuration { n: ConfigNo(n), members: [member(0), member(1), member(2)], unflushed_lost: ConfigNo(0) }
 }

@@ -87,6 +87,13 @@ impl State {
             Command::PutOut { set, n, slot } => self.put_out(*set, *n, *slot, effects),
             Command::Rejoin { set, n, slot } => self.rejoin(*set, *n, *slot, effects),
             Command::Promote { set, n, slot } => self.promote(*set, *n, *slot, effects),
+            Command::ReplaceBrick { set, n, slot, place, force } => {
+                self.replace_brick(*set, *n, *slot, place, *force, effects)
+            }
+            Command::AcceptLoss { set, n, source, registered } => {
+                self.accept_loss(*set, *n, *source, registered, entry.time_ns, effects)
+            }
+            Command::CompareAll { set, n } => self.compare_all(*set, *n, effects),
             Command::SessionOpen { nonce, volume, client, address } => {
                 self.session_open(*nonce, volume, client, address, entry.time_ns)
             }
@@ -230,6 +237,7 @@ impl State {
                     boot: BootId(0),
                     syncing_since: ConfigNo(0),
                     clean: false,
+                    full: false,
                 }
             };
             let members = [member(&places[0]), member(&places[1]), member(&places[2])];
@@ -385,7 +393,7 @@ impl State {
         effects.push(Effect::SessionEnded { session });
     }
 
-    fn session_evict(&mut self, session: SessionId, time_ns: u64, effects: &mut Vec<Effect>) -> Outcome {
+    pub(super) fn session_evict(&mut self, session: SessionId, time_ns: u64, effects: &mut Vec<Effect>) -> Outcome {
         match self.sessions.get(&session) {
             None => refused(format!("there is no session {:x}; `mortar client list` shows those there are", session.0)),
             Some(Session { volume: None, .. }) => refused(format!(
@@ -499,12 +507,12 @@ fn parts(path: &str) -> impl Iterator<Item = &str> {
     path.split('/').filter(|p| !p.is_empty() && *p != ".")
 }
 
-fn same_path(a: &str, b: &str) -> bool {
+pub(super) fn same_path(a: &str, b: &str) -> bool {
     parts(a).eq(parts(b))
 }
 
 /// `inner` lies below `outer`.
-fn is_inside(inner: &str, outer: &str) -> bool {
+pub(super) fn is_inside(inner: &str, outer: &str) -> bool {
     let mut inner = parts(inner);
     parts(outer).all(|p| inner.next() == Some(p)) && inner.next().is_some()
 }

@@ -131,6 +131,40 @@ pub enum Command {
         slot: Slot,
     },
 
+    /// An empty brick takes the place of another, for good. The leader has seen to it that the old one serves no reads `[E1]` and
+    /// that another `InSync` one lives `[E2]`. Refused when the old one is the last that is `InSync`.
+    ReplaceBrick {
+        /// Which replica set.
+        set: SetId,
+        /// Applied only under this configuration.
+        n: ConfigNo,
+        /// Which brick goes.
+        slot: Slot,
+        /// Where the new one is: also the same directory, when its disk is a new one.
+        place: BrickPlace,
+        /// Allows two bricks of a set on one server.
+        force: bool,
+    },
+    /// The administrator ends the wait of `[E2]` or `[E6]`: this brick becomes the one that is `InSync`, whatever others may have that
+    /// it lacks. The leader has seen to it that none that is `InSync` lives, or may still serve reads `[E1]`.
+    AcceptLoss {
+        /// Which replica set.
+        set: SetId,
+        /// Applied only under this configuration.
+        n: ConfigNo,
+        /// The brick that is taken as source.
+        source: Slot,
+        /// What bricks that have restarted registered.
+        registered: [Option<Registration>; 3],
+    },
+    /// All bricks of a set are to be compared with each other in full, one at a time.
+    CompareAll {
+        /// Which replica set.
+        set: SetId,
+        /// Applied only under this configuration.
+        n: ConfigNo,
+    },
+
     /// A client mounts a volume, or the janitor starts. Answered with [`Outcome::Session`].
     SessionOpen {
         /// Drawn by the client, so that asking twice makes one session.

@@ -11,7 +11,7 @@ use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
 const MAX_COLD_STARTS: usize = 16;
 
 impl State {
-    fn change(
+    pub(super) fn change(
         &mut self,
         set: SetId,
         n: ConfigNo,
@@ -135,13 +135,72 @@ impl State {
             }
             true
         });
-        if let (Outcome::Configuration(configuration), Some(row)) = (&outcome, self.sets.get_mut(&set)) {
+        self.remember_cold_start(set, source, &outcome, effects);
+        outcome
+    }
+
+    fn remember_cold_start(&mut self, set: SetId, source: Slot, outcome: &Outcome, effects: &mut [Effect]) {
+        if let (Outcome::Configuration(configuration), Some(row)) = (outcome, self.sets.get_mut(&set)) {
             if row.cold_starts.len() == MAX_COLD_STARTS {
                 row.cold_starts.pop_front();
             }
-            row.cold_starts.push_back((configuration.n, taken.boot));
+            row.cold_starts.push_back((configuration.n, configuration.members[source.index()].boot));
             if let Some(Effect::Configured { cold_start, .. }) = effects.last_mut() {
                 *cold_start = Some(source);
+            }
+        }
+    }
+
+    /// [E2], [E6], by the administrator's word. When the source was not `InSync`, nobody knows what it lacks: the others are compared
+    /// with it in full when they come back, and every client of the volume is evicted, for what it was told is not so any more.
+    pub(super) fn accept_loss(
+        &mut self,
+        set: SetId,
+        n: ConfigNo,
+        source: Slot,
+        registered: &[Option<Registration>; 3],
+        time_ns: u64,
+        effects: &mut Vec<Effect>,
+    ) -> Outcome {
+        if source.index() >= registered.len() {
+            return Outcome::Superseded;
+        }
+        let mut had_all = false;
+        let outcome = self.change(set, n, effects, |next| {
+            let since = next.n.next();
+            had_all = next.state(source) == BrickState::InSync;
+            let known = next.members[source.index()];
+            let taken = registered[source.index()];
+            if taken.is_none() && (known.incarnation == Incarnation(0) || had_all) {
+                return false;
+            }
+            // [E7] As in a cold start; and what one that was not InSync lacks was flushed or not.
+            if !had_all || taken.is_some_and(|t| !t.clean && t.boot != known.boot) {
+                next.unflushed_lost = since;
+            }
+            for slot in Slot::ALL {
+                let member = &mut next.members[slot.index()];
+                if let Some(r) = registered[slot.index()] {
+                    (member.incarnation, member.boot, member.clean) = (r.incarnation, r.boot, r.clean);
+                }
+                member.full = slot != source && (member.full || !had_all);
+                member.state = match registered[slot.index()] {
+                    _ if slot == source => BrickState::InSync,
+                    Some(_) => BrickState::Syncing,
+                    None => BrickState::Out,
+                };
+                if member.state == BrickState::Syncing {
+                    member.syncing_since = since;
+                }
+            }
+            true
+        });
+        self.remember_cold_start(set, source, &outcome, effects);
+        if matches!(outcome, Outcome::Configuration(_)) && !had_all {
+            let volume = self.sets.get(&set).map(|row| row.volume);
+            let clients = self.sessions.iter().filter(|(_, s)| s.volume.is_some() && s.volume == volume);
+            for session in clients.map(|(id, _)| *id).collect::<Vec<_>>() {
+                let _ = self.session_evict(session, time_ns, effects);
             }
         }
         outcome
@@ -185,6 +244,22 @@ impl State {
                 return false;
             }
             next.members[slot.index()].state = BrickState::InSync;
+            next.members[slot.index()].full = false;
+            true
+        })
+    }
+
+    /// What `heal full` wants: an `InSync` brick keeps its state until the leader takes it out to be compared; one that is being
+    /// repaired begins again, with all there is.
+    pub(super) fn compare_all(&mut self, set: SetId, n: ConfigNo, effects: &mut Vec<Effect>) -> Outcome {
+        self.change(set, n, effects, |next| {
+            let since = next.n.next();
+            for member in &mut next.members {
+                member.full = true;
+                if member.state == BrickState::Syncing {
+                    member.syncing_since = since;
+                }
+            }
             true
         })
     }

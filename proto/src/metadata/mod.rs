@@ -25,6 +25,7 @@ pub mod names;
 pub mod options;
 pub mod placement;
 pub mod query;
+pub mod replacing;
 pub mod state;
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,8 @@
 mod admit;
 mod damage;
 mod reports;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -151,6 +153,8 @@ pub struct Replica {
     planned_since: Option<ConfigNo>,
     /// As a `Syncing` brick: the configuration under which it has taken over the others' lists and flushed `[S4]`.
     repaired_under: Option<ConfigNo>,
+    /// Recorded as missed by bricks that the applied configuration does not have.
+    set_aside: Vec<(BrickId, Ino, Range<u64>)>,
 }
 
 /// What the store had recorded when the brick was opened.
@@ -158,8 +162,8 @@ pub struct Replica {
 pub struct Recorded {
     /// Intents, by file and extent.
     pub intents: Vec<(Ino, u64)>,
-    /// Missed regions, by slot and file; under the brick's own slot, what is corrupt on it `[R5]`.
-    pub missed: Vec<(Slot, Ino, Range<u64>)>,
+    /// Missed regions, by brick and file; under its own number, what is corrupt on it `[R5]`.
+    pub missed: Vec<(BrickId, Ino, Range<u64>)>,
 }
 
 impl Replica {
@@ -173,10 +177,9 @@ impl Replica {
             file.intents.insert(extent, 0);
             file.inherited.insert(extent);
         }
-        for (x, ino, regions) in recorded.missed {
-            let file = files.entry(ino).or_default();
-            let list = if x == slot { &mut file.damaged } else { &mut file.missed[x.index()] };
-            list.insert(regions);
+        let (own, set_aside) = recorded.missed.into_iter().partition(|(x, _, _)| *x == brick);
+        for (_, ino, regions) in Vec::from_iter::<Vec<_>>(own) {
+            files.entry(ino).or_default().damaged.insert(regions);
         }
         Self {
             brick,
@@ -193,6 +196,7 @@ impl Replica {
             running_by_n: BTreeMap::new(),
             planned_since: None,
             repaired_under: None,
+            set_aside,
         }
     }
 
@@ -253,6 +257,7 @@ impl Replica {
     ) -> Vec<(Slot, Ino, Range<u64>)> {
         let before = self.configuration.replace(configuration);
         debug_assert!(before.is_none_or(|b| b.n <= configuration.n), "configurations never go back");
+        self.place_missed(before.as_ref(), &configuration);
         let was = before.map(|b| b.members[self.slot.index()]);
         let now = configuration.members[self.slot.index()];
         if before.is_some_and(|b| b.n == configuration.n) {
@@ -301,6 +306,41 @@ impl Replica {
         Vec::new()
     }
 
+    /// What is missed is recorded by brick, and kept here by slot: when a slot gets another brick, the list of the one before is set
+    /// aside. A brick that has just started goes through old configurations again, so both may be wanted.
+    fn place_missed(&mut self, before: Option<&Configuration>, now: &Configuration) {
+        for x in Slot::ALL.into_iter().filter(|x| *x != self.slot) {
+            let was = before.map(|b| b.members[x.index()].brick);
+            let is = now.members[x.index()].brick;
+            if was == Some(is) {
+                continue;
+            }
+            for (ino, file) in &mut self.files {
+                let list = core::mem::take(&mut file.missed[x.index()]);
+                self.set_aside.extend(
+                    was.into_iter().flat_map(|was| list.iter().map(move |r| (was, *ino, r)).collect::<Vec<_>>()),
+                );
+            }
+            let (back, rest) = core::mem::take(&mut self.set_aside).into_iter().partition(|(b, _, _)| *b == is);
+            self.set_aside = rest;
+            for (_, ino, regions) in Vec::from_iter::<Vec<_>>(back) {
+                self.files.entry(ino).or_default().missed[x.index()].insert(regions);
+            }
+        }
+    }
+
+    /// Bricks that were replaced miss nothing any more: drops what is set aside, and returns whose records the store may forget. Not
+    /// before this start is registered, for until then the applied configuration may be an old one.
+    #[must_use]
+    pub fn forget_replaced(&mut self) -> Vec<(BrickId, Ino)> {
+        if !self.is_live() {
+            return Vec::new();
+        }
+        let dropped: BTreeSet<(BrickId, Ino)> =
+            core::mem::take(&mut self.set_aside).into_iter().map(|(brick, ino, _)| (brick, ino)).collect();
+        dropped.into_iter().collect()
+    }
+
     /// Bricks that are `InSync` by the applied configuration miss nothing: their lists, kept from an earlier absence, are
     /// dropped. Returns the slots and files whose records the store may forget. A brick that has just started goes through
     /// old configurations again, in which a brick that is out by now was still `InSync`: until its own start is registered
@@ -331,6 +371,7 @@ impl Replica {
 
     /// A file is gone for good: everything about it is forgotten.
     pub fn reclaimed(&mut self, ino: Ino) {
+        self.set_aside.retain(|(_, of, _)| *of != ino);
         if let Some(file) = self.files.remove(&ino) {
             for running in &file.running {
                 drop_count(&mut self.running_by_n, running.n);

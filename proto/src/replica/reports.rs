@@ -35,7 +35,7 @@ impl Replica {
     }
 
     /// This brick is `Syncing` and has to make its plan: tells under which configuration, and from which bricks intents are
-    /// to be fetched (none when its last shutdown was clean) `[S1]`.
+    /// to be fetched (none when its last shutdown was clean and it is not compared in full) `[S1]`.
     #[must_use]
     pub fn plan_due(&self) -> Option<(ConfigNo, Slots)> {
         let configuration = self.configuration?;
@@ -43,7 +43,13 @@ impl Replica {
         if !self.is_live() || me.state != BrickState::Syncing || self.planned_since == Some(me.syncing_since) {
             return None;
         }
-        Some((configuration.n, if me.clean { Slots::NONE } else { configuration.in_sync() }))
+        Some((configuration.n, if me.clean && !me.full { Slots::NONE } else { configuration.in_sync() }))
+    }
+
+    /// The plan is everything that the set has, not only intents `[S1]`.
+    #[must_use]
+    pub fn plans_in_full(&self) -> bool {
+        self.configuration.is_some_and(|c| c.members[self.slot.index()].full)
     }
 
     /// The intents of the source have come, under configuration `n`: makes the plan. False: the configuration has moved on.

@@ -185,13 +185,14 @@ impl World {
     pub(super) fn start_process(&mut self, s: usize) {
         let first = self.bricks[s].applied == 0;
         let incarnation = if first { self.bricks[s].incarnation() } else { Incarnation(self.number()) };
+        let bricks = [0, 1, 2].map(|s| self.bricks[s].id);
         let brick = &mut *self.bricks[s];
         brick.registration.incarnation = incarnation;
         brick.registration.clean = brick.disk.clean;
         brick.disk.record_clean(false);
         brick.stopping = false;
         brick.was_in_sync = false;
-        let mut replica = Replica::new(brick.id, brick.slot, incarnation, brick.disk.recorded());
+        let mut replica = Replica::new(brick.id, brick.slot, incarnation, brick.disk.recorded(bricks));
         // The log's state as this server had applied it durably.
         for effect in self.leader.entries[..brick.applied].iter().flatten() {
             match effect {

@@ -259,14 +259,13 @@ impl World {
 
 impl super::brick::Brick {
     fn misses(&self, x: usize) -> bool {
-        let region = |(_, _, r): &(Slot, _, std::ops::Range<u64>)| r.contains(&0);
         match &self.replica {
             Some(r) => r.missed(Slot(x as u8)).iter().any(|(_, set)| set.contains(0)),
-            None => self.disk.recorded().missed.iter().any(|m| m.0.index() == x && region(m)),
+            None => self.disk.has_missed(Slot(x as u8)),
         }
     }
     fn has_intent(&self) -> bool {
-        !self.disk.recorded().intents.is_empty()
+        self.disk.has_intent()
     }
     fn has_doubt(&self) -> bool {
         self.replica.as_ref().is_some_and(|r| !r.in_doubt(INO).is_empty())

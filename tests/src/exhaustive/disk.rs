@@ -9,7 +9,7 @@ use mortar_proto::Slot;
 use mortar_proto::coordinator::OpId;
 use mortar_proto::interval::IntervalSet;
 use mortar_proto::replica::Recorded;
-use mortar_proto::types::Ino;
+use mortar_proto::types::{BrickId, Ino};
 
 /// The file there is, by the number that the log gives it.
 pub const INO: Ino = Ino(9);
@@ -127,11 +127,21 @@ impl Disk {
     }
     /// What the replica is told when it starts.
     #[must_use]
-    pub fn recorded(&self) -> Recorded {
+    pub fn recorded(&self, bricks: [BrickId; 3]) -> Recorded {
         Recorded {
             intents: self.intents.iter().map(|e| (INO, *e)).collect(),
-            missed: self.missed.iter().flat_map(|(x, set)| set.iter().map(|r| (*x, INO, r))).collect(),
+            missed: self.missed.iter().flat_map(|(x, set)| set.iter().map(|r| (bricks[x.index()], INO, r))).collect(),
         }
+    }
+    /// The block is recorded as missed by the brick in `x`.
+    #[must_use]
+    pub fn has_missed(&self, x: Slot) -> bool {
+        self.missed.get(&x).is_some_and(|set| set.contains(0))
+    }
+    /// An intent is recorded.
+    #[must_use]
+    pub fn has_intent(&self) -> bool {
+        !self.intents.is_empty()
     }
     /// For [`super::canonical`].
     #[must_use]

@@ -245,6 +245,7 @@ impl World {
     pub(super) fn start_brick(&mut self, s: usize) {
         let first = self.bricks[s].generation == 0;
         let incarnation = if first { self.bricks[s].incarnation } else { Incarnation(self.number()) };
+        let bricks = [0, 1, 2].map(|s| self.bricks[s].id);
         let brick = &mut self.bricks[s];
         brick.will_start = false;
         if brick.replica.is_some() {
@@ -255,7 +256,7 @@ impl World {
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
         brick.disk.forgive_flushes();
-        let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded());
+        let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded(bricks));
         brick.replica = Some(replica);
         brick.stopping = None;
         brick.stop_flushing = false;

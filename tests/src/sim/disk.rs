@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mortar_proto::Slot;
 use mortar_proto::interval::IntervalSet;
 use mortar_proto::replica::Recorded;
-use mortar_proto::types::{BLOCK_BYTES, ByteRange, Ino};
+use mortar_proto::types::{BLOCK_BYTES, BrickId, ByteRange, Ino};
 
 use super::rng::Rng;
 
@@ -299,10 +299,15 @@ impl Disk {
     }
     /// What the replica is told when it starts.
     #[must_use]
-    pub fn recorded(&self) -> Recorded {
+    pub fn recorded(&self, bricks: [BrickId; 3]) -> Recorded {
+        let brick_in = |x: Slot| bricks[x.index()];
         Recorded {
             intents: self.intents.iter().copied().collect(),
-            missed: self.missed.iter().flat_map(|((x, ino), set)| set.iter().map(|r| (*x, *ino, r))).collect(),
+            missed: self
+                .missed
+                .iter()
+                .flat_map(|((x, ino), set)| set.iter().map(|r| (brick_in(*x), *ino, r)))
+                .collect(),
         }
     }
 }

@@ -9,7 +9,7 @@ use super::state::State;
 use crate::config::{BrickState, Configuration, Slot, Slots};
 use crate::left_out::{Rule, left_out};
 use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 #[cfg(test)]
 mod tests;
@@ -78,6 +78,17 @@ struct Past {
     failed_ms: u64,
 }
 
+/// Whether an empty brick may take another's place.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Replacement {
+    /// It may, under this configuration.
+    Now(ConfigNo),
+    /// Not yet: the old one has to agree, or its read lease to end `[E1]`.
+    Later,
+    /// Too few good copies would be left: a sentence.
+    Refused(String),
+}
+
 /// The leader's view of who lives.
 #[derive(Clone, Debug)]
 pub struct Monitor {
@@ -87,6 +98,8 @@ pub struct Monitor {
     /// Bricks that clients complained of, and the configuration under which.
     suspected: BTreeMap<BrickId, ConfigNo>,
     past: BTreeMap<BrickId, Past>,
+    /// Bricks that the administrator wants to leave, for another to take their place.
+    leaving: BTreeSet<BrickId>,
     /// When a second brick of a set that waits for its cold start had registered `[E6]`.
     cold_since_ms: BTreeMap<SetId, u64>,
 }
@@ -101,6 +114,7 @@ impl Monitor {
             heard: BTreeMap::new(),
             suspected: BTreeMap::new(),
             past: BTreeMap::new(),
+            leaving: BTreeSet::new(),
             cold_since_ms: BTreeMap::new(),
         }
     }
@@ -157,7 +171,13 @@ impl Monitor {
             let same = |h: &&Heard| h.beat.registration.incarnation == beat.registration.incarnation;
             let first_ms = self.heard.get(&beat.brick).filter(same).map_or(now_ms, |h| h.first_ms);
             self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms, first_ms });
-            let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n);
+            let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n)
+                || self.compared_next(state, &set.configuration, now_ms) == Some(slot);
+            let leaves = self.leaving.contains(&beat.brick) && set.configuration.state(slot) == BrickState::InSync;
+            if leaves && beat.agreed_under != set.configuration.n {
+                asked.push(beat.brick);
+                continue;
+            }
             // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out.
             if suspected
                 && beat.agreed_under != set.configuration.n
@@ -196,6 +216,7 @@ impl Monitor {
     pub fn poll(&mut self, state: &State, now_ms: u64) -> Vec<Command> {
         self.heard.retain(|brick, _| state.bricks.contains_key(brick));
         self.past.retain(|brick, _| state.bricks.contains_key(brick));
+        self.leaving.retain(|brick| state.bricks.contains_key(brick));
         self.cold_since_ms.retain(|set, _| state.sets.contains_key(set));
         self.suspected.retain(|brick, n| {
             let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
@@ -338,6 +359,108 @@ impl Monitor {
             }
         }
         None
+    }
+
+    /// The last moment at which this start of a brick may have been given a read lease by this leader, or one before it. Another start
+    /// of it that is heard speaks for itself only.
+    fn last_sign_ms(&self, brick: BrickId, incarnation: Incarnation) -> u64 {
+        let sign = |h: &Heard| if h.beat.registration.incarnation == incarnation { h.answered_ms } else { h.first_ms };
+        self.heard.get(&brick).map_or(0, sign).max(self.elected_ms)
+    }
+
+    /// The brick that goes out next to be compared in full: one at a time, and only when all are well, so that two good ones stay.
+    fn compared_next(&self, state: &State, configuration: &Configuration, now_ms: u64) -> Option<Slot> {
+        let all_well = configuration.in_sync().count() == Slot::ALL.len() as u32
+            && configuration.members.iter().all(|m| {
+                self.living(state, m.brick, now_ms)
+                    && self.heard.get(&m.brick).is_some_and(|h| !h.beat.failed && !h.beat.stopping)
+            });
+        Slot::ALL.into_iter().find(|s| all_well && configuration.members[s.index()].full)
+    }
+
+    /// May an empty brick take the place of the one in `slot` now? When it has to agree to that first, it is asked from now on.
+    pub fn may_replace(&mut self, state: &State, set: SetId, slot: Slot, force: bool, now_ms: u64) -> Replacement {
+        let Some(configuration) = state.sets.get(&set).map(|row| row.configuration) else { return Replacement::Later };
+        let Some(member) = configuration.members.get(slot.index()).copied() else { return Replacement::Later };
+        let is_well = |s: Slot| {
+            let brick = configuration.members[s.index()].brick;
+            let heard = self.heard.get(&brick);
+            self.living(state, brick, now_ms)
+                && heard.is_some_and(|h| !h.beat.failed && h.beat.agreed_under != configuration.n)
+        };
+        let others = configuration.in_sync().without(slot).iter().filter(|s| is_well(*s)).count();
+        let is_good = member.state == BrickState::InSync && self.living(state, member.brick, now_ms);
+        if others == 0 {
+            return Replacement::Refused(
+                "no other brick of its replica set that is in sync is heard: nothing could be built from; bring another one back first".into(),
+            );
+        }
+        if others == 1 && is_good && !force {
+            return Replacement::Refused(
+                "it is one of two good copies: until the new brick is built there would be one; bring the third brick back first, or say --force".into(),
+            );
+        }
+        let heard = self.heard.get(&member.brick);
+        let own = heard.filter(|h| h.beat.registration.incarnation == member.incarnation);
+        let agreed = own.is_some_and(|h| h.beat.agreed_under == configuration.n);
+        let last = self.last_sign_ms(member.brick, member.incarnation);
+        // [E1] A brick that is InSync may serve reads until it has agreed not to, or cannot any more.
+        if member.state != BrickState::InSync || agreed || now_ms >= last + self.silence_ms() {
+            self.leaving.remove(&member.brick);
+            return Replacement::Now(configuration.n);
+        }
+        self.leaving.insert(member.brick);
+        Replacement::Later
+    }
+
+    /// The command that makes a brick the one that is `InSync`, though others that were are not there `[E2]`, `[E6]`.
+    ///
+    /// # Errors
+    /// Why that must not be, or need not be: a sentence.
+    pub fn accept_loss(&self, state: &State, set: SetId, source: Slot, now_ms: u64) -> Result<Command, String> {
+        let configuration = state.sets.get(&set).map(|row| row.configuration).ok_or("there is no such replica set")?;
+        let brick_in = |slot: Slot| configuration.members[slot.index()].brick;
+        let path = |slot: Slot| state.bricks.get(&brick_in(slot)).map_or("", |b| b.path.as_str());
+        let registered = Slot::ALL.map(|slot| self.new_start(&configuration, slot, now_ms));
+        let is_back = |slot: Slot| registered[slot.index()].is_some();
+        let lives = |slot: Slot| self.living(state, brick_in(slot), now_ms);
+        let failed = self.heard.get(&brick_in(source)).is_some_and(|h| h.beat.failed || h.beat.stopping);
+        if failed || !lives(source) && !is_back(source) {
+            return Err("it is not heard, or has failed: its server has to be up and its disk to work first".into());
+        }
+        for slot in configuration.in_sync().iter() {
+            let heard = self.heard.get(&brick_in(slot));
+            // One that has failed has agreed: it serves nothing [E4].
+            let member = configuration.members[slot.index()];
+            let own = heard.filter(|h| h.beat.registration.incarnation == member.incarnation);
+            let ended = own.is_some_and(|h| h.beat.failed);
+            let last = self.last_sign_ms(member.brick, member.incarnation);
+            if lives(slot) && !ended {
+                return Err(format!(
+                    "brick {} is in sync and is heard: nothing has to be given up. If writes wait, they wait for a second brick: bring one back, or replace one",
+                    path(slot)
+                ));
+            }
+            if slot != source && is_back(slot) && configuration.state(source) != BrickState::InSync {
+                return Err(format!(
+                    "brick {} was in sync and is back: if any has to be taken, take that one",
+                    path(slot)
+                ));
+            }
+            // [E1] It may serve reads for as long as its lease lasts.
+            if !is_back(slot) && !ended && now_ms < last + self.silence_ms() {
+                return Err(format!(
+                    "brick {} was in sync and was heard just now; try again in some seconds",
+                    path(slot)
+                ));
+            }
+        }
+        Ok(Command::AcceptLoss { set, n: configuration.n, source, registered })
+    }
+
+    /// No other brick takes this one's place after all.
+    pub fn stays(&mut self, brick: BrickId) {
+        self.leaving.remove(&brick);
     }
 
     /// The administrator wants a brick back now: its failures so far are forgiven `[E8]`.

@@ -274,3 +274,91 @@ fn a_brick_whose_server_is_back_without_being_able_to_open_it_is_put_out_and_ret
         assert_eq!(cluster.states(), ALL_IN);
     }
 }
+
+fn set_of(cluster: &Cluster) -> SetId {
+    *cluster.state.sets.keys().next().expect("a set")
+}
+
+#[test]
+fn bricks_are_compared_one_at_a_time_and_only_when_two_good_ones_stay() {
+    let mut cluster = Cluster::new();
+    let (set, n) = (set_of(&cluster), cluster.configuration().n);
+    cluster.up[1] = false;
+    cluster.run(2000);
+    Cluster::apply(&mut cluster.state, Command::CompareAll { set, n });
+    cluster.run(2000);
+    assert_eq!(cluster.states(), ALL_IN, "one is not heard: two good ones would not stay");
+    cluster.up[1] = true;
+    let mut fewest = 3;
+    for _ in 0..400 {
+        cluster.run(STEP_MS);
+        fewest = fewest.min(cluster.configuration().in_sync().count());
+    }
+    assert_eq!((cluster.states(), fewest), (ALL_IN, 2), "{:?}", cluster.done);
+    assert!(Slot::ALL.into_iter().all(|slot| cluster.times_put_out(slot) == 1), "{:?}", cluster.done);
+    assert!(cluster.configuration().members.iter().all(|m| !m.full));
+}
+
+#[test]
+fn a_brick_is_replaced_when_it_serves_no_reads_and_others_are_good() {
+    let mut cluster = Cluster::new();
+    let set = set_of(&cluster);
+    let may = |cluster: &mut Cluster, slot: Slot, force: bool| {
+        let Cluster { state, monitor, now_ms, .. } = cluster;
+        monitor.may_replace(state, set, slot, force, *now_ms)
+    };
+    // [E1] It is asked, agrees, and serves nothing when it may be replaced.
+    assert_eq!(may(&mut cluster, Slot(0), false), Replacement::Later);
+    let n = cluster.configuration().n;
+    while may(&mut cluster, Slot(0), false) == Replacement::Later {
+        cluster.now_ms += STEP_MS;
+        for slot in Slot::ALL {
+            cluster.brick_applies(slot);
+            cluster.brick_beats(slot);
+        }
+        assert!(cluster.now_ms < 1_010_000, "it is never told to go");
+    }
+    assert_eq!(may(&mut cluster, Slot(0), false), Replacement::Now(n));
+    assert!(!cluster.replicas[0].may_read(cluster.now_ms));
+    // One that is silent goes when its lease is over; then the good ones are two, and one has to stay.
+    let mut cluster = Cluster::new();
+    cluster.up[0] = false;
+    assert_eq!(may(&mut cluster, Slot(0), false), Replacement::Later);
+    cluster.run(2000);
+    assert_eq!(may(&mut cluster, Slot(0), false), Replacement::Now(cluster.configuration().n));
+    let refused = |r: Replacement, why: &str| matches!(r, Replacement::Refused(sentence) if sentence.contains(why));
+    assert!(refused(may(&mut cluster, Slot(1), false), "one of two good copies"));
+    assert_eq!(may(&mut cluster, Slot(1), true), Replacement::Later);
+    cluster.monitor.stays(cluster.configuration().members[1].brick);
+    cluster.up[1] = false;
+    cluster.run(10_000);
+    assert!(refused(may(&mut cluster, Slot(2), true), "nothing could be built from"));
+}
+
+#[test]
+fn a_loss_is_accepted_only_when_no_brick_in_sync_is_there_or_may_serve_reads() {
+    let mut cluster = Cluster::new();
+    let set = set_of(&cluster);
+    let why =
+        |cluster: &Cluster, slot: Slot| cluster.monitor.accept_loss(&cluster.state, set, slot, cluster.now_ms).err();
+    let says = |why: Option<String>, words: &str| assert!(why.as_ref().is_some_and(|w| w.contains(words)), "{why:?}");
+    cluster.up[2] = false;
+    cluster.run(10_000);
+    assert_eq!(cluster.states(), [InSync, InSync, Out]);
+    says(why(&cluster, Slot(2)), "it is not heard");
+    says(why(&cluster, Slot(0)), "nothing has to be given up");
+    cluster.up = [false, false, true];
+    // Heard again, it becomes Syncing with nobody to get anything from.
+    cluster.run(STEP_MS);
+    says(why(&cluster, Slot(2)), "nothing has to be given up");
+    let silent_ms = TIMING.read_lease_ms + TIMING.clock_margin_ms;
+    cluster.run(silent_ms);
+    assert_eq!(why(&cluster, Slot(2)), None);
+    let command = cluster.monitor.accept_loss(&cluster.state, set, Slot(2), cluster.now_ms).expect("it may");
+    Cluster::apply(&mut cluster.state, command);
+    assert_eq!(cluster.states(), [Out, Out, InSync]);
+    cluster.up = [true; 3];
+    cluster.run(5000);
+    assert_eq!(cluster.states(), ALL_IN);
+    assert!(cluster.configuration().members.iter().all(|m| !m.full));
+}
