@@ -69,6 +69,9 @@ fn losses(
         BrickState::InSync => format!(
             "Brick {taken} was in sync: it has all that was acknowledged. If its server lost power or its kernel crashed, what was not flushed may be lost."
         ),
+        _ if configuration.members[slot.index()].full => format!(
+            "Brick {taken} is being built or compared, and had not got everything yet: what it had not got is lost, be it whole files."
+        ),
         BrickState::Syncing => format!(
             "Brick {taken} was not in sync: it lacks what was written while it was out, as far as it had not got that back. Its files may mix older and newer content, and be damaged."
         ),

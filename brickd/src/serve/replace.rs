@@ -73,18 +73,15 @@ impl Server {
                 let slot = slot.ok_or_else(|| Status::failed_precondition("another has replaced it meanwhile"))?;
                 state.check_replacement(set, slot, place, force).map_err(Status::failed_precondition)?;
                 match leader.monitor.may_replace(state, set, slot, force, now) {
-                    Replacement::Refused(why) => {
-                        leader.monitor.stays(brick);
-                        Err(Status::failed_precondition(why))
-                    }
-                    Replacement::Now(n) if ask => {
+                    Replacement::Refused(why) => Err(Status::failed_precondition(why)),
+                    Replacement::Now(n) => {
                         Ok(Some(Command::ReplaceBrick { set, n, slot, place: place.clone(), force }))
                     }
-                    Replacement::Later if ask => Ok(None),
-                    _ => {
-                        leader.monitor.stays(brick);
+                    Replacement::Later if ask => {
+                        leader.monitor.ask_to_leave(brick, now);
                         Ok(None)
                     }
+                    Replacement::Later => Ok(None),
                 }
             })
         })?

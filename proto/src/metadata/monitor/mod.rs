@@ -9,7 +9,7 @@ use super::state::State;
 use crate::config::{BrickState, Configuration, Slot, Slots};
 use crate::left_out::{Rule, left_out};
 use crate::types::{BrickId, ConfigNo, Incarnation, SetId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 #[cfg(test)]
 mod tests;
@@ -59,6 +59,9 @@ const FORGIVEN_AFTER_MS: u64 = 120_000;
 /// A brick that was silent for so long is put out though nobody complains of it.
 const ABSENT_MS: u64 = 5_000;
 
+/// How long a brick is asked to leave after the administrator asked for that last.
+const LEAVING_MS: u64 = 500;
+
 #[derive(Clone, Copy, Debug)]
 struct Heard {
     beat: Beat,
@@ -98,8 +101,8 @@ pub struct Monitor {
     /// Bricks that clients complained of, and the configuration under which.
     suspected: BTreeMap<BrickId, ConfigNo>,
     past: BTreeMap<BrickId, Past>,
-    /// Bricks that the administrator wants to leave, for another to take their place.
-    leaving: BTreeSet<BrickId>,
+    /// Bricks that the administrator wants to leave, for another to take their place, and until when that is asked of them.
+    leaving: BTreeMap<BrickId, u64>,
     /// When a second brick of a set that waits for its cold start had registered `[E6]`.
     cold_since_ms: BTreeMap<SetId, u64>,
 }
@@ -114,7 +117,7 @@ impl Monitor {
             heard: BTreeMap::new(),
             suspected: BTreeMap::new(),
             past: BTreeMap::new(),
-            leaving: BTreeSet::new(),
+            leaving: BTreeMap::new(),
             cold_since_ms: BTreeMap::new(),
         }
     }
@@ -173,8 +176,9 @@ impl Monitor {
             self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms, first_ms });
             let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n)
                 || self.compared_next(state, &set.configuration, now_ms) == Some(slot);
-            let leaves = self.leaving.contains(&beat.brick) && set.configuration.state(slot) == BrickState::InSync;
-            if leaves && beat.agreed_under != set.configuration.n {
+            let leaves = self.leaving.get(&beat.brick).is_some_and(|until| now_ms < *until);
+            if leaves && set.configuration.state(slot) == BrickState::InSync && beat.agreed_under != set.configuration.n
+            {
                 asked.push(beat.brick);
                 continue;
             }
@@ -216,7 +220,7 @@ impl Monitor {
     pub fn poll(&mut self, state: &State, now_ms: u64) -> Vec<Command> {
         self.heard.retain(|brick, _| state.bricks.contains_key(brick));
         self.past.retain(|brick, _| state.bricks.contains_key(brick));
-        self.leaving.retain(|brick| state.bricks.contains_key(brick));
+        self.leaving.retain(|_, until| now_ms < *until);
         self.cold_since_ms.retain(|set, _| state.sets.contains_key(set));
         self.suspected.retain(|brick, n| {
             let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
@@ -378,8 +382,9 @@ impl Monitor {
         Slot::ALL.into_iter().find(|s| all_well && configuration.members[s.index()].full)
     }
 
-    /// May an empty brick take the place of the one in `slot` now? When it has to agree to that first, it is asked from now on.
-    pub fn may_replace(&mut self, state: &State, set: SetId, slot: Slot, force: bool, now_ms: u64) -> Replacement {
+    /// May an empty brick take the place of the one in `slot` now?
+    #[must_use]
+    pub fn may_replace(&self, state: &State, set: SetId, slot: Slot, force: bool, now_ms: u64) -> Replacement {
         let Some(configuration) = state.sets.get(&set).map(|row| row.configuration) else { return Replacement::Later };
         let Some(member) = configuration.members.get(slot.index()).copied() else { return Replacement::Later };
         let is_well = |s: Slot| {
@@ -406,11 +411,14 @@ impl Monitor {
         let last = self.last_sign_ms(member.brick, member.incarnation);
         // [E1] A brick that is InSync may serve reads until it has agreed not to, or cannot any more.
         if member.state != BrickState::InSync || agreed || now_ms >= last + self.silence_ms() {
-            self.leaving.remove(&member.brick);
             return Replacement::Now(configuration.n);
         }
-        self.leaving.insert(member.brick);
         Replacement::Later
+    }
+
+    /// Asks a brick to agree that another takes its place, for a while: an administrator who gives up has to say nothing.
+    pub fn ask_to_leave(&mut self, brick: BrickId, now_ms: u64) {
+        self.leaving.insert(brick, now_ms + LEAVING_MS);
     }
 
     /// The command that makes a brick the one that is `InSync`, though others that were are not there `[E2]`, `[E6]`.
@@ -427,6 +435,9 @@ impl Monitor {
         let failed = self.heard.get(&brick_in(source)).is_some_and(|h| h.beat.failed || h.beat.stopping);
         if failed || !lives(source) && !is_back(source) {
             return Err("it is not heard, or has failed: its server has to be up and its disk to work first".into());
+        }
+        if configuration.in_sync().iter().filter(|slot| is_back(*slot)).count() > 1 {
+            return Err("two bricks that were in sync are back: it goes on by itself within a minute".into());
         }
         for slot in configuration.in_sync().iter() {
             let heard = self.heard.get(&brick_in(slot));
@@ -456,11 +467,6 @@ impl Monitor {
             }
         }
         Ok(Command::AcceptLoss { set, n: configuration.n, source, registered })
-    }
-
-    /// No other brick takes this one's place after all.
-    pub fn stays(&mut self, brick: BrickId) {
-        self.leaving.remove(&brick);
     }
 
     /// The administrator wants a brick back now: its failures so far are forgiven `[E8]`.
