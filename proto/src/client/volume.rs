@@ -302,7 +302,7 @@ impl Volume {
         let number = self.next_name.fetch_add(1, Ordering::Relaxed);
         let body = Bytes::from(crate::wire::encode(&operation));
         let mut tries = 0;
-        let outcome = loop {
+        let (outcome, session) = loop {
             self.check_admitted()?;
             let session = self.session.id();
             let reply = self
@@ -316,16 +316,22 @@ impl Volume {
                 .map_err(|e| IoError::Control(e.message().to_owned()))?;
             let outcome: Outcome = crate::wire::decode(&reply.body)
                 .map_err(|e| IoError::Control(format!("the leader's answer makes no sense: {e}")))?;
-            // The session has lapsed: under the next one it was certainly not done yet, or its outcome is forgotten.
+            // The session has lapsed, and this was not done under it, else the log would know its outcome.
             if outcome == Outcome::Errno(metadata::NameError::SessionEnded) && tries < 50 {
                 tries += 1;
                 self.session.lapsed(session);
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
-            break outcome;
+            break (outcome, session);
         };
         self.remember_open(&operation, &outcome);
+        if session != self.session.id()
+            && let (NameOp::Create { open: true, .. }, Outcome::Node { attributes, .. }) = (&operation, &outcome)
+        {
+            // Made and opened under a session that has lapsed since: the next one does not have it open.
+            Box::pin(self.submit(NameOp::Open { ino: attributes.ino })).await?;
+        }
         Ok(outcome)
     }
 

@@ -278,6 +278,10 @@ impl Coordinator {
         if !self.flushes[at].done.covers(writable.minus(left)) && !left_out(Rule::W8OneAnswer) {
             return;
         }
+        // [E7] What an earlier one, still under way, was to make durable is durable now too.
+        for earlier in self.flushes[..at].iter_mut().filter(|f| f.sent) {
+            earlier.unflushed = None;
+        }
         let flush = self.flushes.remove(at);
         if flush.covers == Some(self.started) {
             self.dirty = false;

@@ -6,8 +6,8 @@
 use super::command::{BrickPlace, Command, Effect, Entry, NameError, Outcome};
 use super::options;
 use super::state::{
-    Brick, Directory, Inode, Lease, Node, REMEMBERED_EVICTIONS, REMEMBERED_OUTCOMES, ReplicaSet, Server, Session,
-    State, Volume,
+    Brick, Directory, Inode, Lease, Node, REMEMBERED_EVICTIONS, REMEMBERED_OUTCOMES, REMEMBERED_SESSIONS, ReplicaSet,
+    Server, Session, State, Volume,
 };
 use crate::config::{BrickState, Configuration, Member};
 use crate::left_out::{Rule, left_out};
@@ -35,8 +35,10 @@ impl State {
             let outcome = self.run(entry, &mut effects);
             return (outcome, effects);
         };
-        if let Some(known) = self.sessions.get(&session)
-            && let Some((_, outcome)) = known.outcomes.iter().find(|(n, _)| *n == number)
+        // Also of a session that has ended: only so is what it does not know certain not to be done, and can be asked for anew.
+        let ended = || self.ended.iter().find(|(id, _)| *id == session).map(|(_, outcomes)| outcomes);
+        if let Some(outcomes) = self.sessions.get(&session).map(|known| &known.outcomes).or_else(ended)
+            && let Some((_, outcome)) = outcomes.iter().find(|(n, _)| *n == number)
         {
             return (outcome.clone(), effects);
         }
@@ -389,6 +391,12 @@ impl State {
         }
         for ino in ended.open {
             self.closed(ino, time_ns, effects);
+        }
+        if !ended.outcomes.is_empty() {
+            if self.ended.len() == REMEMBERED_SESSIONS {
+                self.ended.pop_front();
+            }
+            self.ended.push_back((session, ended.outcomes));
         }
         effects.push(Effect::SessionEnded { session });
     }

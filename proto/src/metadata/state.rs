@@ -11,6 +11,8 @@ use crate::types::{BrickId, ClusterId, Epoch, Ino, LogIndex, ServerId, SessionId
 pub const REMEMBERED_OUTCOMES: usize = 256;
 /// Sessions whose eviction is remembered, for as long as their clients may not have heard of it.
 pub const REMEMBERED_EVICTIONS: usize = 1024;
+/// Ended sessions whose outcomes are remembered, for as long as their clients may still ask what became of a request.
+pub const REMEMBERED_SESSIONS: usize = 256;
 
 /// The whole state of a cluster. Equal on every server that has applied the same prefix of the log.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -34,6 +36,8 @@ pub struct State {
     pub sessions: BTreeMap<SessionId, Session>,
     /// Sessions that the administrator ended, oldest first, at most [`REMEMBERED_EVICTIONS`]: their clients get no other.
     pub evicted: VecDeque<SessionId>,
+    /// What became of the last requests of sessions that have ended, oldest first, at most [`REMEMBERED_SESSIONS`].
+    pub ended: VecDeque<(SessionId, VecDeque<(u64, Outcome)>)>,
     /// Inodes of all volumes.
     pub inodes: BTreeMap<Ino, Inode>,
 }

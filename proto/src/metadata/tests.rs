@@ -1,7 +1,7 @@
 //! Commands of the administrator, applied to a state.
 
-use super::state::State;
-use super::{BrickPlace, Command, Effect, Entry, NameOp, NewNode, Outcome};
+use super::state::{REMEMBERED_SESSIONS, State};
+use super::{BrickPlace, Command, Effect, Entry, NameError, NameOp, NewNode, Outcome};
 use crate::config::{BrickState, Configuration, Slot};
 use crate::types::{BootId, ClusterId, Incarnation, Ino, LogIndex, ServerId, SessionId, SetId};
 
@@ -237,4 +237,37 @@ fn a_brick_that_was_in_sync_is_taken_as_in_a_cold_start_and_clients_go_on() {
         assert_eq!(now.unflushed_lost == now.n, is_lost, "[E7] boot {boot}, clean {clean}");
         assert!(world.state.sessions.contains_key(&session));
     }
+}
+
+#[test]
+fn what_a_session_had_done_before_it_ended_is_known_and_what_is_not_known_was_never_done() {
+    let mut world = World::new();
+    let session = world.mount("v", 1);
+    let parent = world.root;
+    let create = |name: &str| {
+        let (mode, uid, gid) = (0o600, 0, 0);
+        let name = name.as_bytes().to_vec();
+        let operation =
+            NameOp::Create { parent, name, node: NewNode::File, mode, uid, gid, or_existing: false, open: false };
+        Command::Name { session, operation }
+    };
+    let ask = |world: &mut World, number, command| {
+        let index = LogIndex(world.state.applied.0 + 1);
+        world.state.apply(index, &Entry { time_ns: index.0, request: Some((session, number)), command }).0
+    };
+    let first = ask(&mut world, 1, create("a"));
+    assert!(matches!(first, Outcome::Node { created: true, .. }));
+    world.apply(Command::SessionEnd { session });
+    assert_eq!(ask(&mut world, 1, create("a")), first);
+    assert_eq!(ask(&mut world, 2, create("b")), Outcome::Errno(NameError::SessionEnded));
+    // Not for ever.
+    for nonce in 0..REMEMBERED_SESSIONS as u64 {
+        let other = world.mount("v", u128::from(nonce) + 2);
+        let index = LogIndex(world.state.applied.0 + 1);
+        let name = Command::Name { session: other, operation: NameOp::Open { ino: parent } };
+        world.state.apply(index, &Entry { time_ns: index.0, request: Some((other, 1)), command: name });
+        world.apply(Command::SessionEnd { session: other });
+    }
+    assert_eq!(world.state.ended.len(), REMEMBERED_SESSIONS);
+    assert_eq!(ask(&mut world, 1, create("a")), Outcome::Errno(NameError::SessionEnded));
 }

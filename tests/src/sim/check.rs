@@ -2,7 +2,7 @@
 
 use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
-use mortar_proto::metadata::state::REMEMBERED_OUTCOMES;
+use mortar_proto::metadata::state::{REMEMBERED_OUTCOMES, REMEMBERED_SESSIONS};
 use mortar_proto::types::{EXTENT_BYTES, Ino, REGION_BYTES};
 
 use super::world::{Wire, World};
@@ -184,7 +184,11 @@ impl World {
         let state = self.quorum.state();
         let remembered = state.sessions.values().map(|session| session.outcomes.len()).max().unwrap_or(0);
         let cold_starts = state.sets.values().map(|set| set.cold_starts.len()).max().unwrap_or(0);
-        if doubts > 256 || remembered > REMEMBERED_OUTCOMES || cold_starts > 16 {
+        if doubts > 256
+            || remembered > REMEMBERED_OUTCOMES
+            || state.ended.len() > REMEMBERED_SESSIONS
+            || cold_starts > 16
+        {
             self.fail(|| {
                 format!("I9: b{s} has {doubts} in doubt, the log {remembered} outcomes, {cold_starts} cold starts")
             });

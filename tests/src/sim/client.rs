@@ -63,6 +63,8 @@ pub struct Client {
     pub(super) control: BTreeMap<Ino, VecDeque<(u64, Control)>>,
     pub(super) last_epoch: BTreeMap<Ino, Epoch>,
     pub(super) names: VecDeque<(u64, OpId, NameOp)>,
+    /// The session under which the first of them is asked for.
+    pub(super) named_as: Option<SessionId>,
     pub(super) next_control: u64,
     /// Files that the janitor has in hand.
     in_hand: BTreeSet<Ino>,
@@ -89,6 +91,7 @@ impl Client {
             control: BTreeMap::new(),
             last_epoch: BTreeMap::new(),
             names: VecDeque::new(),
+            named_as: None,
             next_control: 0,
             in_hand: BTreeSet::new(),
             watched: BTreeMap::new(),

@@ -137,8 +137,8 @@ pub enum Reply {
     Granted(Ino, u64, Epoch, bool),
     /// A release was taken.
     Released(Ino, u64),
-    /// What became of a change of names.
-    Named(u64, Outcome),
+    /// What became of a session's change of names.
+    Named(SessionId, u64, Outcome),
 }
 
 /// What is done when a proposal is committed and applied by who made it.
@@ -155,7 +155,7 @@ pub enum Then {
     /// Tells one that its release was taken and another one of the grant; or else there is only a release.
     HandedOver((Asker, u64), (Asker, u64), Command),
     /// Tells the outcome.
-    Named(Asker, u64),
+    Named(Asker, SessionId, u64),
     /// Nobody is told.
     Nothing,
 }
@@ -315,7 +315,9 @@ impl World {
                 }
             }
             (Then::Released(asker, ino, asked), _) => self.reply(v, asker, Reply::Released(ino, asked), false),
-            (Then::Named(asker, asked), outcome) => self.reply(v, asker, Reply::Named(asked, outcome), false),
+            (Then::Named(asker, session, asked), outcome) => {
+                self.reply(v, asker, Reply::Named(session, asked, outcome), false);
+            }
         }
     }
 
@@ -463,7 +465,7 @@ impl World {
             }
             Question::Name { session, number, operation } => {
                 let command = Command::Name { session, operation };
-                self.propose(v, Some((session, number)), command, Then::Named(asker, number));
+                self.propose(v, Some((session, number)), command, Then::Named(asker, session, number));
             }
             Question::End { session } => self.propose(v, None, Command::SessionEnd { session }, Then::Nothing),
             Question::Open { .. } | Question::Watch { .. } => {}

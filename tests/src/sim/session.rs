@@ -143,7 +143,7 @@ impl World {
             Reply::Released(ino, number) => {
                 self.control_done(c, ino, number);
             }
-            Reply::Named(number, outcome) => self.named(c, number, &outcome),
+            Reply::Named(session, number, outcome) => self.named(c, session, number, &outcome),
         }
     }
 
@@ -277,22 +277,28 @@ impl World {
     fn send_name(&mut self, c: usize) {
         let front = self.clients[c].names.front().cloned();
         if let (Some((number, _, operation)), Some(session)) = (front, self.clients[c].session) {
+            let session = *self.clients[c].named_as.get_or_insert(session);
             self.ask_leader(c, Question::Name { session, number, operation });
         }
     }
 
-    /// Sent again under its number, a change of names is answered as it was the first time.
-    fn named(&mut self, c: usize, number: u64, outcome: &Outcome) {
+    /// Sent again under its session and number, a change of names is answered as it was the first time.
+    fn named(&mut self, c: usize, session: SessionId, number: u64, outcome: &Outcome) {
+        if self.clients[c].named_as != Some(session) {
+            return;
+        }
         let Some((_, op, operation)) = self.clients[c].names.front().filter(|n| n.0 == number).cloned() else { return };
+        self.clients[c].named_as = None;
+        if *outcome == Outcome::Errno(NameError::SessionEnded) {
+            // It was not done, and is asked for under the next session.
+            return;
+        }
         self.clients[c].names.pop_front();
         let is_right = match operation {
             NameOp::Create { .. } => matches!(outcome, Outcome::Node { created: true, .. }),
             _ => matches!(outcome, Outcome::Done | Outcome::Node { .. }),
         };
-        if *outcome == Outcome::Errno(NameError::SessionEnded) {
-            self.clients[c].names.retain(|n| n.1 != op);
-            self.name_done(c, op);
-        } else if !is_right {
+        if !is_right {
             self.fail(|| format!("State: {operation:?} of c{c} ends in {outcome:?}"));
         } else if self.clients[c].names.iter().all(|n| n.1 != op) {
             self.name_done(c, op);
