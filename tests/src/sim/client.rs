@@ -29,6 +29,7 @@ const STUCK_MS: u64 = 20_000;
 struct Pending {
     ino: Ino,
     what: What,
+    since_ms: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -306,14 +307,14 @@ impl World {
             Ask::Flush => (Operation::Flush, What::Flush(self.history.to_flush(generation, ino))),
             Ask::Name => {
                 self.submitted += 1;
-                self.clients[c].pending.insert(op, Pending { ino, what: What::Name });
+                self.clients[c].pending.insert(op, Pending { ino, what: What::Name, since_ms: self.now });
                 return self.make_and_remove(c, op);
             }
             Ask::Stat => (Operation::Stat, What::Stat(self.history.size_need(ino))),
         };
         self.note(|| format!("c{c} submits {} {ino:?} {operation:?}", op.0));
         self.submitted += 1;
-        self.clients[c].pending.insert(op, Pending { ino, what });
+        self.clients[c].pending.insert(op, Pending { ino, what, since_ms: self.now });
         self.tell(c, ino, Event::Submit(op, operation), None);
     }
 
@@ -418,7 +419,7 @@ impl World {
                 }
             }
             (What::Read { first, count, .. }, Completion::Corrupt) => {
-                self.check_lost(c, pending.ino, first..first + count);
+                self.check_lost(c, pending.ino, first..first + count, pending.since_ms);
             }
             (What::Flush(ops), Completion::Done) => self.history.flushed(&ops),
             (What::Stat(need), Completion::Stat(stat)) => {

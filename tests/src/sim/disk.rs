@@ -98,6 +98,10 @@ pub struct Disk {
     writes: u64,
     /// Blocks that the disk has changed by itself since they were written.
     rotten: BTreeSet<(Ino, usize)>,
+    /// When such a block was written again.
+    healed: BTreeMap<(Ino, usize), u64>,
+    /// The simulated time.
+    pub now_ms: u64,
     /// Write intents that are recorded.
     intents: BTreeSet<(Ino, u64)>,
     /// Missed regions that are recorded.
@@ -118,6 +122,8 @@ impl Disk {
             files: BTreeMap::new(),
             writes: 0,
             rotten: BTreeSet::new(),
+            healed: BTreeMap::new(),
+            now_ms: 0,
             intents: BTreeSet::new(),
             missed: BTreeMap::new(),
             clean: false,
@@ -158,13 +164,20 @@ impl Disk {
     pub fn is_rotten(&self, ino: Ino, block: usize) -> bool {
         self.rotten.contains(&(ino, block))
     }
+    /// A block matched its checksum all the time since then.
+    #[must_use]
+    pub fn is_sound_since(&self, ino: Ino, block: usize, since_ms: u64) -> bool {
+        !self.is_rotten(ino, block) && self.healed.get(&(ino, block)).is_none_or(|at| *at < since_ms)
+    }
     /// Some block does not.
     #[must_use]
     pub fn has_rot(&self) -> bool {
         !self.rotten.is_empty()
     }
     fn set_block(&mut self, ino: Ino, block: usize, value: u64) {
-        self.rotten.remove(&(ino, block));
+        if self.rotten.remove(&(ino, block)) {
+            self.healed.insert((ino, block), self.now_ms);
+        }
         self.writes += 1;
         let at = self.writes;
         let cell = &mut self.files.entry(ino).or_default().blocks[block];

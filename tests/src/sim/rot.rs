@@ -6,11 +6,11 @@
 //! left. Disks go on with it after all other faults have stopped. What an unclean stop does to a corrupt block in an extent with
 //! intent (its checksum is made anew `[S3]`) is not played here.
 
-use mortar_proto::BrickState;
 use mortar_proto::coordinator::{Answer, Body};
 use mortar_proto::interval::IntervalSet;
 use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::types::{BLOCK_BYTES, ByteRange, Ino, REGION_BYTES};
+use mortar_proto::{BrickState, Slot};
 
 use super::acts::Act;
 use super::brick::{Job, Peer, Step};
@@ -75,14 +75,15 @@ impl World {
     }
 
     /// A read failed because something of it is corrupt: on every `InSync` brick, as far as this client can know.
-    pub(super) fn check_lost(&mut self, c: usize, ino: Ino, blocks: core::ops::Range<usize>) {
+    pub(super) fn check_lost(&mut self, c: usize, ino: Ino, blocks: core::ops::Range<usize>, since_ms: u64) {
         self.count("read of what is corrupt everywhere");
         let configuration = self.configuration();
         let is_current = self.clients[c].configuration.is_some_and(|known| known.n == configuration.n);
-        let is_lost = |b: usize| configuration.in_sync().iter().all(|s| self.bricks[s.index()].disk.is_rotten(ino, b));
+        let is_sound = |s: Slot, b| self.bricks[s.index()].disk.is_sound_since(ino, b, since_ms);
+        let is_lost = |b| !configuration.in_sync().iter().any(|s| is_sound(s, b));
         if is_current && !blocks.clone().any(is_lost) {
             self.fail(|| {
-                format!("R5: a read of c{c} fails, but each of blocks {blocks:?} is sound on an InSync brick")
+                format!("R5: a read of c{c} fails, but each of blocks {blocks:?} was sound on an InSync brick")
             });
         }
     }

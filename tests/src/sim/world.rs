@@ -449,6 +449,7 @@ impl World {
             }
             let Some(((at, _, _), happening)) = self.queue.pop_first() else { break };
             self.now = self.now.max(at);
+            self.bricks.iter_mut().for_each(|b| b.disk.now_ms = self.now);
             self.happen(happening);
             self.check_step();
         }
