@@ -49,7 +49,7 @@ pub fn start(log: Log, address: String) {
                 continue;
             }
             looks = (looks + 1) % ALL_EVERY;
-            let wanted = look(&log, looks == 0).await;
+            let (wanted, all_told) = look(&log, looks == 0).await;
             if session.is_none() && wanted.is_empty() {
                 continue;
             }
@@ -70,7 +70,8 @@ pub fn start(log: Log, address: String) {
                     }
                 }
             };
-            if looks == 0 {
+            // Who does not answer says nothing of what is repaired.
+            if looks == 0 && all_told {
                 watched.retain(|ino, _| wanted.contains_key(ino));
             }
             work(&log, &me, &wanted, &mut in_hand, &mut watched);
@@ -118,8 +119,8 @@ fn is_stuck(watched: &mut Watched, ino: Ino, epoch: Epoch, left: u64) -> bool {
 }
 
 /// Files that need something, and how much: what an earlier holder left unsettled, what a `Syncing` brick lacks, or, with `all`,
-/// what is corrupt on an `InSync` one `[R5]`.
-async fn look(log: &Log, all: bool) -> BTreeMap<Ino, u64> {
+/// what is corrupt on an `InSync` one `[R5]`. True: every brick that was asked has told.
+async fn look(log: &Log, all: bool) -> (BTreeMap<Ino, u64>, bool) {
     let (mut wanted, ask) = log.with_state(|state| (unsettled(state), tellers(state, all)));
     let answers = futures::future::join_all(ask.into_iter().map(|(brick, address, slots)| async move {
         let asked = async {
@@ -133,6 +134,7 @@ async fn look(log: &Log, all: bool) -> BTreeMap<Ino, u64> {
         Some(lists.flat_map(|m| m.files).filter(|f| !f.given_up).map(left).collect::<Vec<(Ino, u64)>>())
     }))
     .await;
+    let all_told = answers.iter().all(Option::is_some);
     log.with_state(|state| {
         for (ino, left) in answers.into_iter().flatten().flatten() {
             if let Some(Node::File { .. }) = state.inodes.get(&ino).map(|i| &i.node) {
@@ -140,7 +142,7 @@ async fn look(log: &Log, all: bool) -> BTreeMap<Ino, u64> {
             }
         }
     });
-    wanted
+    (wanted, all_told)
 }
 
 fn unsettled(state: &State) -> BTreeMap<Ino, u64> {

@@ -183,9 +183,11 @@ impl World {
         let configuration = configuration_of(&state, self.quorum.set);
         let lacking = configuration.syncing();
         let mut wanted = BTreeMap::new();
+        let mut all_told = true;
         for s in configuration.writable().iter().filter(|_| !lacking.is_empty()) {
             // A server may be too slow to answer.
             let asked = self.bricks[s.index()].replica.as_ref().filter(|_| self.rng.chance(900));
+            all_told &= asked.is_some();
             for x in lacking.iter() {
                 let files = asked.map(|r| if x == s { r.planned_regions() } else { r.missed(x) });
                 for (ino, regions) in files.into_iter().flatten() {
@@ -207,7 +209,7 @@ impl World {
             let is_lacking = wanted.contains_key(&ino) || self.is_damaged(ino);
             let left = wanted.get(&ino).copied().unwrap_or_default();
             let is_stuck = is_lacking && self.is_stuck(ino, lease.epoch, left);
-            if !is_lacking {
+            if !is_lacking && all_told {
                 self.clients[c].watched.remove(&ino);
             }
             let is_wanted = lease.holder.is_none() && (lease.unsettled || is_lacking) || is_stuck;
