@@ -88,6 +88,8 @@ rules! {
     E1Lapsed, "E1", "E1", "a brick is put out that may still serve reads";
     E1Agreed, "E1", "F-11", "an agreement ends with any later configuration that has the brick InSync";
     E1Elected, "E1", "", "a new leader does not count from its election";
+    E1Replaced, "E1", "", "a brick is replaced that may still serve reads";
+    E2Replaced, "E2", "", "a brick is replaced though none that is InSync stays";
     E2Last, "E2", "E2", "the last InSync brick is put out";
     E2Restarted, "E2", "F-15", "a brick that has restarted counts as one that stays";
     E3, "E3", "", "I/O that waits for a brick ends in an error";
@@ -100,6 +102,7 @@ rules! {
     E7Source, "E7", "F-9", "that some brick kept its boot id counts as no loss";
     E7Told, "E7", "", "a client that lost writes is not told";
     E8, "E8", "", "a brick that was put out returns at once";
+    S1Full, "S1", "", "a brick that is new in its place gets back what intents and lists name only";
     S1Own, "S1", "S1", "the brick's own intents are not repaired";
     S1Source, "S1", "S1", "the source's intents are not repaired";
     S2Busy, "S2", "", "repair does not hold the range";

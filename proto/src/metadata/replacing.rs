@@ -5,6 +5,7 @@ use super::apply::{is_inside, refused, same_path};
 use super::command::{BrickPlace, Effect, Outcome};
 use super::state::{Brick, State};
 use crate::config::{BrickState, Member, Slot};
+use crate::left_out::{Rule, left_out};
 use crate::types::{BootId, BrickId, ConfigNo, Incarnation, ServerId, SetId, VolumeId};
 
 impl State {
@@ -48,7 +49,7 @@ impl State {
                 ));
             }
         }
-        if row.configuration.in_sync().without(slot).is_empty() {
+        if row.configuration.in_sync().without(slot).is_empty() && !left_out(Rule::E2Replaced) {
             return Err("it is the only brick of its replica set that is in sync: with it the last good copy would go; bring another one back first".into());
         }
         Ok(())

@@ -49,7 +49,7 @@ impl Replica {
     /// The plan is everything that the set has, not only intents `[S1]`.
     #[must_use]
     pub fn plans_in_full(&self) -> bool {
-        self.configuration.is_some_and(|c| c.members[self.slot.index()].full)
+        self.configuration.is_some_and(|c| c.members[self.slot.index()].full) && !left_out(Rule::S1Full)
     }
 
     /// The intents of the source have come, under configuration `n`: makes the plan. False: the configuration has moved on.

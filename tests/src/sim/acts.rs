@@ -92,6 +92,12 @@ pub enum Act {
     Flaky(u64),
     /// Everything from and to a node takes its time, for so long.
     Slow(Node, u64),
+    /// A brick's disk dies and is exchanged for an empty one.
+    LoseDisk(usize),
+    /// The administrator gives a brick another place.
+    Replace(usize),
+    /// The administrator has all bricks compared.
+    Compare,
     /// A brick's disk changes a block by itself.
     Flip(usize, Ino, usize),
 }
@@ -137,6 +143,9 @@ impl fmt::Display for Act {
             Self::Slow(node, for_ms) => write!(f, "the network of {node} is slow for {for_ms} ms"),
             Self::Full(s, true) => write!(f, "b{s} has no space left"),
             Self::Full(s, false) => write!(f, "b{s} has space again"),
+            Self::LoseDisk(s) => write!(f, "the disk of b{s} dies, and an empty one takes its place"),
+            Self::Replace(s) => write!(f, "the administrator gives b{s} another place"),
+            Self::Compare => write!(f, "the administrator has all bricks compared"),
             Self::Flip(s, ino, block) => write!(f, "the disk of b{s} changes block {block} of {ino}"),
         }
     }
@@ -215,6 +224,9 @@ impl World {
             Act::Jump(s, by_ms) => self.bricks[s].clock_offset += by_ms,
             Act::Flaky(for_ms) => self.flaky_until = self.now + for_ms,
             Act::Slow(node, for_ms) => self.slow = Some((node, self.now + for_ms)),
+            Act::LoseDisk(s) => self.lose_disk(s),
+            Act::Replace(s) => self.replace(s),
+            Act::Compare => self.compare(),
             Act::Flip(s, ino, block) => self.flip(s, ino, block),
         }
     }

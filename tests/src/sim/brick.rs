@@ -82,6 +82,7 @@ pub enum Peer {
 /// What an `InSync` brick tells one that plans or finishes.
 #[derive(Clone, Debug)]
 pub struct Lists {
+    pub(super) data: Vec<(Ino, Vec<u64>)>,
     pub(super) intents: Vec<(Ino, Vec<u64>)>,
     pub(super) missed: Vec<(Slot, Ino, IntervalSet)>,
 }
@@ -118,6 +119,8 @@ pub struct Brick {
     pub incarnation: Incarnation,
     /// Its disk.
     pub disk: Disk,
+    /// Its disk was exchanged: there is no brick in its directory.
+    pub disk_is_new: bool,
     /// Log entries applied, durably.
     pub applied: usize,
     /// It does nothing until then.
@@ -173,6 +176,7 @@ impl Brick {
             boot,
             incarnation,
             disk: Disk::new(geometry),
+            disk_is_new: false,
             applied: 0,
             paused_until: 0,
             will_start: false,
@@ -245,18 +249,17 @@ impl World {
     pub(super) fn start_brick(&mut self, s: usize) {
         let first = self.bricks[s].generation == 0;
         let incarnation = if first { self.bricks[s].incarnation } else { Incarnation(self.number()) };
-        let bricks = [0, 1, 2].map(|s| self.bricks[s].id);
-        let brick = &mut self.bricks[s];
-        brick.will_start = false;
-        if brick.replica.is_some() {
+        self.bricks[s].will_start = false;
+        if self.bricks[s].replica.is_some() || self.waits_for_a_disk(s) {
             return;
         }
+        let brick = &mut self.bricks[s];
         brick.generation += 1;
         brick.incarnation = incarnation;
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
         brick.disk.forgive_flushes();
-        let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded(bricks));
+        let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded());
         brick.replica = Some(replica);
         brick.stopping = None;
         brick.stop_flushing = false;
@@ -295,6 +298,18 @@ impl World {
                 brick.applied = rng.between(brick.applied.saturating_sub(8) as u64, brick.applied as u64) as usize;
             }
         }
+        self.end_process(s);
+        if !self.bricks[s].will_start {
+            self.bricks[s].will_start = true;
+            self.after(down_ms, Happening::Start(s));
+        }
+        if self.quorum.together {
+            self.stop_voter(s);
+        }
+        self.break_links(s, power);
+    }
+
+    pub(super) fn end_process(&mut self, s: usize) {
         let brick = &mut self.bricks[s];
         if brick.replica.take().is_some() {
             brick.generation += 1;
@@ -305,13 +320,9 @@ impl World {
         brick.clearing = false;
         brick.paused_until = 0;
         brick.accepted.iter_mut().for_each(|a| *a = 0);
-        if !brick.will_start {
-            brick.will_start = true;
-            self.after(down_ms, Happening::Start(s));
-        }
-        if self.quorum.together {
-            self.stop_voter(s);
-        }
+    }
+
+    pub(super) fn break_links(&mut self, s: usize, power: bool) {
         for client in 0..self.clients.len() {
             let number = self.clients[client].links[s];
             if number != 0 {
@@ -336,8 +347,12 @@ impl World {
             }
             let behind = self.quorum.entries.len() - self.bricks[s].applied;
             // One that lags gets a snapshot.
-            if behind > 3 && self.rng.chance(300) {
-                let index = self.bricks[s].applied + 1 + self.rng.index(behind);
+            let is_whole = behind > 3 && self.rng.chance(300);
+            let index = self.bricks[s].applied + if is_whole { 1 + self.rng.index(behind) } else { 1 };
+            if let Some(other) = self.replaced_by(s, index) {
+                return self.begin_anew(s, other, index);
+            }
+            if is_whole {
                 self.take_whole(s, index);
             } else {
                 self.take_entry(s);
@@ -386,14 +401,25 @@ impl World {
         self.replica(s).applied(LogIndex(index as u64));
     }
 
+    /// The brick that a slot has by the configuration that another brick has applied.
+    pub(super) fn brick_in(&self, s: usize, x: Slot) -> BrickId {
+        let replica = self.bricks[s].replica.as_ref();
+        replica.and_then(Replica::configuration).map_or(BrickId(0), |c| c.members[x.index()].brick)
+    }
+
     fn configured(&mut self, s: usize, configuration: Configuration, cold_start: Option<Slot>) {
-        if self.replica(s).configuration().is_some_and(|c| c.n >= configuration.n) {
+        // One without this brick is from before it was made.
+        let is_ours = configuration.members[s].brick == self.bricks[s].id;
+        if !is_ours || self.replica(s).configuration().is_some_and(|c| c.n >= configuration.n) {
             return;
         }
         for (x, ino, regions) in self.replica(s).configured(configuration, cold_start) {
-            self.bricks[s].disk.record_missed(x, ino, regions);
+            self.bricks[s].disk.record_missed(configuration.members[x.index()].brick, ino, regions);
         }
         for (x, ino) in self.replica(s).forget_missed_of_in_sync() {
+            self.bricks[s].disk.forget_all_missed(configuration.members[x.index()].brick, ino);
+        }
+        for (x, ino) in self.replica(s).forget_replaced() {
             self.bricks[s].disk.forget_all_missed(x, ino);
         }
         let is_in_sync = self.replica(s).is_live() && self.replica(s).state() == BrickState::InSync;

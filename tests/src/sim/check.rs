@@ -2,6 +2,7 @@
 
 use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
+use mortar_proto::metadata::Command;
 use mortar_proto::metadata::state::{REMEMBERED_OUTCOMES, REMEMBERED_SESSIONS};
 use mortar_proto::types::{EXTENT_BYTES, Ino, REGION_BYTES};
 
@@ -38,7 +39,8 @@ impl World {
                     self.fail(|| format!("b{s}, {:?} under n={}: {rule}: {why}", member.state, configuration.n));
                     return;
                 }
-                if member.state == BrickState::InSync {
+                // A disk that is gone is what I7 is about: another one has it.
+                if member.state == BrickState::InSync && !brick.disk_is_new && member.brick == brick.id {
                     let needs = self.history.flushed_needs(*ino);
                     for (b, need) in needs.iter().enumerate() {
                         if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), *need) {
@@ -51,8 +53,15 @@ impl World {
         }
     }
 
-    pub(super) fn configuration_committed(&mut self, old: &Configuration, new: &Configuration, cold: Option<Slot>) {
+    pub(super) fn configuration_committed(
+        &mut self,
+        old: &Configuration,
+        new: &Configuration,
+        command: &Command,
+        cold: Option<Slot>,
+    ) {
         self.count("configuration");
+        self.administered(command, old, new);
         if new.in_sync().is_empty() {
             self.fail(|| format!("I8: no brick is InSync under {new:?}"));
         }
@@ -73,7 +82,8 @@ impl World {
             let i = source.index();
             let fresh = |s: &Slot| new.members[s.index()].incarnation != old.members[s.index()].incarnation;
             let registered = old.in_sync().iter().filter(fresh).count();
-            if registered < 2 && old.in_sync().count() >= 2 {
+            let is_ordered = matches!(command, Command::AcceptLoss { .. });
+            if registered < 2 && old.in_sync().count() >= 2 && !is_ordered {
                 self.fail(|| format!("E6: b{i} becomes the source without waiting for another that was InSync"));
             }
             let kept = |s: &Slot| new.members[s.index()].boot == old.members[s.index()].boot;
@@ -150,7 +160,10 @@ impl World {
             return;
         }
         let mut found = None;
-        for x in Slot::ALL.into_iter().filter(|x| configuration.state(*x) != BrickState::InSync) {
+        // One that is new is compared in full, whatever is known of it.
+        let is_compared = |x: &Slot| configuration.members[x.index()].full || self.bricks[x.index()].disk_is_new;
+        let others = Slot::ALL.into_iter().filter(|x| configuration.state(*x) != BrickState::InSync);
+        for x in others.filter(|x| !is_compared(x)) {
             for ino in &self.files {
                 let (mine, theirs) = (self.bricks[s].disk.content(*ino), self.bricks[x.index()].disk.content(*ino));
                 for block in (0..mine.blocks.len()).filter(|b| mine.blocks[*b] != theirs.blocks[*b]) {
@@ -231,6 +244,7 @@ impl World {
     pub(super) fn is_at_rest(&self) -> bool {
         let c = self.configuration();
         c.in_sync().count() == 3
+            && self.is_administered()
             && self.bricks.iter().all(|b| !b.disk.has_rot())
             && self.bricks.iter().enumerate().all(|(s, b)| {
                 b.replica.as_ref().is_some_and(|r| r.is_drained() && c.members[s].incarnation == r.incarnation())

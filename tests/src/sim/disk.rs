@@ -5,10 +5,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mortar_proto::Slot;
 use mortar_proto::interval::IntervalSet;
 use mortar_proto::replica::Recorded;
-use mortar_proto::types::{BLOCK_BYTES, BrickId, ByteRange, Ino};
+use mortar_proto::types::{BLOCK_BYTES, BrickId, ByteRange, EXTENT_BYTES, Ino};
 
 use super::rng::Rng;
 
@@ -105,12 +104,12 @@ pub struct Disk {
     /// Write intents that are recorded.
     intents: BTreeSet<(Ino, u64)>,
     /// Missed regions that are recorded.
-    missed: BTreeMap<(Slot, Ino), IntervalSet>,
+    missed: BTreeMap<(BrickId, Ino), IntervalSet>,
     /// The last stop was clean.
     pub clean: bool,
     /// Records that were deleted and may come back after a power cut.
     deleted_intents: Vec<(Ino, u64)>,
-    deleted_missed: Vec<(Slot, Ino, core::ops::Range<u64>)>,
+    deleted_missed: Vec<(BrickId, Ino, core::ops::Range<u64>)>,
 }
 
 impl Disk {
@@ -238,6 +237,16 @@ impl Disk {
     pub fn files(&self) -> Vec<Ino> {
         self.files.keys().copied().collect()
     }
+    /// Every file, with its extents that have data and its first one, which stands for its size.
+    #[must_use]
+    pub fn data(&self) -> Vec<(Ino, Vec<u64>)> {
+        let extents = |ino: Ino| {
+            let with_data = (0..BLOCKS).filter(|b| self.block(ino, *b) != 0);
+            let found: BTreeSet<u64> = with_data.map(|b| self.geometry.offset(b) / EXTENT_BYTES).chain([0]).collect();
+            found.into_iter().collect()
+        };
+        self.files().into_iter().map(|ino| (ino, extents(ino))).collect()
+    }
     /// The power fails.
     pub fn lose_power(&mut self, rng: &mut Rng) {
         for file in self.files.values_mut() {
@@ -271,7 +280,7 @@ impl Disk {
         self.intents.extend(extents.iter().map(|e| (ino, *e)));
     }
     /// These missed regions are durable now.
-    pub fn record_missed(&mut self, x: Slot, ino: Ino, regions: core::ops::Range<u64>) {
+    pub fn record_missed(&mut self, x: BrickId, ino: Ino, regions: core::ops::Range<u64>) {
         self.sync_records();
         self.missed.entry((x, ino)).or_default().insert(regions);
     }
@@ -293,14 +302,14 @@ impl Disk {
         self.deleted_intents.clear();
     }
     /// Forgets a missed region; not durably.
-    pub fn forget_missed(&mut self, x: Slot, ino: Ino, regions: core::ops::Range<u64>) {
+    pub fn forget_missed(&mut self, x: BrickId, ino: Ino, regions: core::ops::Range<u64>) {
         if let Some(set) = self.missed.get_mut(&(x, ino)) {
             set.remove(regions.clone());
             self.deleted_missed.push((x, ino, regions));
         }
     }
     /// Forgets all that a brick misses of a file; not durably.
-    pub fn forget_all_missed(&mut self, x: Slot, ino: Ino) {
+    pub fn forget_all_missed(&mut self, x: BrickId, ino: Ino) {
         if let Some(set) = self.missed.remove(&(x, ino)) {
             self.deleted_missed.extend(set.iter().map(|r| (x, ino, r)));
         }
@@ -312,15 +321,10 @@ impl Disk {
     }
     /// What the replica is told when it starts.
     #[must_use]
-    pub fn recorded(&self, bricks: [BrickId; 3]) -> Recorded {
-        let brick_in = |x: Slot| bricks[x.index()];
+    pub fn recorded(&self) -> Recorded {
         Recorded {
             intents: self.intents.iter().copied().collect(),
-            missed: self
-                .missed
-                .iter()
-                .flat_map(|((x, ino), set)| set.iter().map(|r| (brick_in(*x), *ino, r)))
-                .collect(),
+            missed: self.missed.iter().flat_map(|((x, ino), set)| set.iter().map(|r| (*x, *ino, r))).collect(),
         }
     }
 }

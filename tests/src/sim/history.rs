@@ -177,6 +177,13 @@ impl History {
     }
     /// A cold start took as source a brick that has lost power, with this disk: what was not flushed may be gone.
     pub fn cold_start(&mut self, n: ConfigNo, source: &Disk) {
+        self.lose(n, source, false);
+    }
+    /// A brick that was not `InSync` is the source: whatever it lacks is gone.
+    pub fn went_back(&mut self, n: ConfigNo, source: &Disk) {
+        self.lose(n, source, true);
+    }
+    fn lose(&mut self, n: ConfigNo, source: &Disk, flushed_too: bool) {
         self.lossy = true;
         let mut lost = Vec::new();
         for (op, o) in &self.ops {
@@ -186,7 +193,7 @@ impl History {
                     Kind::Write { .. } => Need { write: key, any: key },
                     Kind::Truncate { .. } => Need { write: (Epoch(0), Seq(0)), any: key },
                 };
-                if !o.flushed && self.check(o.ino, block, source.block(o.ino, block), need).is_err() {
+                if (flushed_too || !o.flushed) && self.check(o.ino, block, source.block(o.ino, block), need).is_err() {
                     lost.push((*op, block));
                 }
             }

@@ -156,6 +156,8 @@ pub enum Then {
     HandedOver((Asker, u64), (Asker, u64), Command),
     /// Tells the outcome.
     Named(Asker, SessionId, u64),
+    /// The administrator is told that all bricks are going to be compared.
+    Compared,
     /// Nobody is told.
     Nothing,
 }
@@ -174,7 +176,7 @@ struct Wanting {
 pub struct Leader {
     term: u64,
     since_ms: u64,
-    monitor: Monitor,
+    pub(super) monitor: Monitor,
     heard: BTreeMap<SessionId, u64>,
     watchers: BTreeMap<SessionId, (Asker, u64)>,
     /// Who waits for a lease that another one holds, the longest waiting first, with the number of the request.
@@ -187,7 +189,7 @@ pub struct Leader {
 }
 
 impl World {
-    fn leader(&mut self, v: usize) -> Option<&mut Leader> {
+    pub(super) fn leader(&mut self, v: usize) -> Option<&mut Leader> {
         let voter = &mut self.quorum.voters[v];
         voter.claims.and(voter.leader.as_mut())
     }
@@ -302,7 +304,8 @@ impl World {
                 self.reply(v, asker, Reply::Ended(session), false);
             }
             // Somebody was faster; the client asks again.
-            (Then::Granted(..), Outcome::Superseded) | (Then::Nothing, _) => {}
+            (Then::Granted(..) | Then::Compared, Outcome::Superseded) | (Then::Nothing, _) => {}
+            (Then::Compared, _) => self.compared(),
             (Then::Granted(..), other) => self.fail(|| format!("State: a lease was refused: {other:?}")),
             (Then::HandedOver(from, to, release), outcome) => {
                 let Command::LeaseRelease { ino, .. } = release else { return };

@@ -10,12 +10,14 @@
 //! | `disk` | page cache and durable data, journal records |
 //! | `acts` | what is done to it from outside: drawn by chance, or from a script |
 //! | `faults`, `rot` | what goes wrong; what disks change by themselves |
+//! | `administrator` | disks and bricks that are exchanged |
 //! | `history`, `check` | what must be true: I1, I2, I3, I5, I7, I8, I10 |
 //! | `directed` | scripts written by hand, for rules whose absence chance rarely shows |
 //! | `shrink` | the few acts that a failing run needs |
 //! | `rng` | chance |
 
 pub mod acts;
+pub mod administrator;
 pub mod brick;
 pub mod check;
 pub mod client;

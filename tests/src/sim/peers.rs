@@ -48,9 +48,11 @@ impl World {
                 }
             }
             Peer::AskLists(number, n) => {
+                let data = self.bricks[s].disk.data();
                 let replica = self.replica(s);
                 let ready = replica.report().is_some_and(|r| r.n == n) && replica.state() == BrickState::InSync;
                 let lists = ready.then(|| Lists {
+                    data,
                     intents: replica.intents(),
                     missed: Slot::ALL
                         .into_iter()
@@ -99,7 +101,15 @@ impl World {
         let Some(task) = self.bricks[s].task.as_ref().filter(|t| t.left.is_empty()).cloned() else { return };
         match task.kind {
             TaskKind::Plan => {
-                let intents: Vec<_> = task.lists.into_iter().flat_map(|l| l.intents).collect();
+                let in_full = self.replica(s).plans_in_full();
+                let intents: Vec<_> = if in_full {
+                    self.count("compared in full");
+                    // One source is asked, and what this brick has itself is compared as well.
+                    let source = task.lists.into_iter().next().map(|l| l.data).unwrap_or_default();
+                    source.into_iter().chain(self.bricks[s].disk.data()).collect()
+                } else {
+                    task.lists.into_iter().flat_map(|l| l.intents).collect()
+                };
                 let planned = self.replica(s).plan(task.n, &intents);
                 self.event(|| format!("b{s} plans under n={}: {planned} {intents:?}", task.n));
                 self.bricks[s].task = None;

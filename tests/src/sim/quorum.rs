@@ -307,6 +307,7 @@ impl World {
 
     fn commit(&mut self, entry: Entry) -> Outcome {
         let old = self.quorum.configuration();
+        let command = entry.command.clone();
         let line = self.trace.is_some().then(|| format!("{:?} {:?}", entry.request, entry.command));
         let index = self.quorum.entries.len();
         let (outcome, logged) = self.quorum.commit(entry);
@@ -316,7 +317,7 @@ impl World {
         });
         self.event(|| format!("LOG {} {} -> {outcome:?}", index + 1, line.unwrap_or_default()));
         if let Some((configuration, cold_start)) = configured {
-            self.configuration_committed(&old, &configuration, cold_start);
+            self.configuration_committed(&old, &configuration, &command, cold_start);
         }
         if let Some(leads) = self.quorum.leads {
             for slot in 0..3 {

@@ -119,7 +119,8 @@ impl World {
         let region = |b: usize| self.geometry.offset(b) / REGION_BYTES;
         let regions: IntervalSet = self.corrupt_in(s, ino, range).into_iter().map(region).map(|r| r..r + 1).collect();
         for due in self.replica(s).damage_due(ino, &regions) {
-            self.bricks[s].disk.record_missed(slot(s), ino, due.clone());
+            let own = self.bricks[s].id;
+            self.bricks[s].disk.record_missed(own, ino, due.clone());
             self.replica(s).damage_recorded(ino, due);
         }
     }
@@ -202,7 +203,8 @@ impl World {
         if self.corrupt_in(s, ino, ByteRange::at(region * REGION_BYTES, REGION_BYTES)).is_empty() {
             self.count("corrupt block repaired");
             self.replica(s).damage_repaired(ino, region);
-            self.bricks[s].disk.forget_missed(slot(s), ino, region..region + 1);
+            let own = self.bricks[s].id;
+            self.bricks[s].disk.forget_missed(own, ino, region..region + 1);
         } else {
             self.replica(s).give_up(ino, region);
         }

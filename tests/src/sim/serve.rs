@@ -172,7 +172,8 @@ impl World {
                 if self.rng.chance(50) {
                     self.tempt(None, &[s, x.index()]);
                 }
-                self.bricks[s].disk.forget_missed(x, ino, region..region + 1);
+                let brick = self.brick_in(s, x);
+                self.bricks[s].disk.forget_missed(brick, ino, region..region + 1);
                 self.done(s, job);
             }
             _ => self.record_missed(s, job),
@@ -220,7 +221,8 @@ impl World {
             Step::Missed(job) => {
                 for (x, regions) in job.missed.clone() {
                     if !left_out(Rule::W5Durable) {
-                        self.bricks[s].disk.record_missed(x, job.wire.ino, regions.clone());
+                        let brick = self.brick_in(s, x);
+                        self.bricks[s].disk.record_missed(brick, job.wire.ino, regions.clone());
                     }
                     self.replica(s).missed_recorded(x, job.wire.ino, regions);
                 }
@@ -258,7 +260,8 @@ impl World {
             }
             Step::TakenOver(n, missed) => {
                 for (x, ino, regions) in missed.into_iter().filter(|_| !left_out(Rule::S4TakeOver)) {
-                    self.bricks[s].disk.record_missed(x, ino, regions.clone());
+                    let brick = self.brick_in(s, x);
+                    self.bricks[s].disk.record_missed(brick, ino, regions.clone());
                     self.replica(s).missed_recorded(x, ino, regions);
                 }
                 let upto = self.bricks[s].disk.written();

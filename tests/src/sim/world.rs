@@ -8,6 +8,7 @@ use mortar_proto::types::{BLOCK_BYTES, EXTENT_BYTES, Ino, LogIndex, REGION_BYTES
 use mortar_proto::{Configuration, Incarnation, Slot};
 
 use super::acts::{Act, Script};
+use super::administrator::Administrator;
 use super::brick::{Brick, Peer, Step};
 use super::client::Client;
 use super::disk::{BLOCKS, Content, Geometry};
@@ -135,6 +136,10 @@ pub enum Happening {
     Fault,
     /// A disk changes a block by itself.
     Rot,
+    /// The administrator decides on something.
+    Decide,
+    /// The administrator goes on with it.
+    Administrator,
     /// Something is done from outside.
     Act(Act),
     /// A cut has lasted long enough for the connections to break.
@@ -169,6 +174,8 @@ pub struct World {
     pub rng: Rng,
     /// What decides on acts; apart from the dice, so that a script of the same acts meets the same dice.
     pub chaos: Rng,
+    /// Who exchanges disks.
+    pub administrator: Administrator,
     /// The dice of what disks change.
     pub rot: Rng,
     /// The acts come from a script.
@@ -269,6 +276,7 @@ impl World {
             seen: BTreeMap::new(),
             rng,
             chaos: Rng::new(!seed),
+            administrator: Administrator::new(seed),
             rot: super::rot::dice(seed),
             scripted: play.script.is_some(),
             done: Script::new(),
@@ -298,6 +306,7 @@ impl World {
             None => {
                 world.after_chance(500, Happening::Fault);
                 world.begin_to_rot();
+                world.begin_to_administer();
             }
         }
         world
@@ -576,6 +585,8 @@ impl World {
             }
             Happening::Fault => self.fault(),
             Happening::Rot => self.rots(),
+            Happening::Decide => self.decide(),
+            Happening::Administrator => self.administer(),
             Happening::Act(act) => self.act(act),
             Happening::CutNoticed(a, b) => {
                 if self.cut_until(a, b).is_some()

@@ -395,7 +395,7 @@ impl Monitor {
         };
         let others = configuration.in_sync().without(slot).iter().filter(|s| is_well(*s)).count();
         let is_good = member.state == BrickState::InSync && self.living(state, member.brick, now_ms);
-        if others == 0 {
+        if others == 0 && !left_out(Rule::E2Replaced) {
             return Replacement::Refused(
                 "no other brick of its replica set that is in sync is heard: nothing could be built from; bring another one back first".into(),
             );
@@ -410,7 +410,8 @@ impl Monitor {
         let agreed = own.is_some_and(|h| h.beat.agreed_under == configuration.n);
         let last = self.last_sign_ms(member.brick, member.incarnation);
         // [E1] A brick that is InSync may serve reads until it has agreed not to, or cannot any more.
-        if member.state != BrickState::InSync || agreed || now_ms >= last + self.silence_ms() {
+        let serves_none = member.state != BrickState::InSync || agreed || now_ms >= last + self.silence_ms();
+        if serves_none || left_out(Rule::E1Replaced) {
             return Replacement::Now(configuration.n);
         }
         Replacement::Later
