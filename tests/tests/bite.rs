@@ -47,6 +47,7 @@ const RARE: &[Rule] = &[
     Rule::R1Index,
     Rule::R1Lease,
     Rule::R5Source,
+    Rule::E2Replaced,
     Rule::E5Number,
     Rule::S2Clear,
 ];
