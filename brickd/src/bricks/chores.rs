@@ -114,6 +114,10 @@ impl Keeper {
     }
 }
 
+fn is_gone(state: &State, ino: Ino) -> bool {
+    ino.0 < state.next_id && !state.inodes.contains_key(&ino)
+}
+
 impl Brick {
     /// Removes objects and records of files that the log does not have any more.
     fn remove_what_is_gone(&self) {
@@ -137,9 +141,14 @@ impl Brick {
         }
         known.sort_unstable();
         known.dedup();
-        self.log.with_state(|state| known.retain(|ino| ino.0 < state.next_id && !state.inodes.contains_key(ino)));
+        self.log.with_state(|state| known.retain(|ino| is_gone(state, *ino)));
         for ino in known {
             self.reclaimed(ino);
         }
+    }
+
+    /// The file was deleted and is gone for good.
+    pub(super) fn is_gone(&self, ino: Ino) -> bool {
+        self.log.with_state(|state| is_gone(state, ino))
     }
 }

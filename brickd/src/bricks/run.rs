@@ -56,6 +56,10 @@ pub(super) fn run(brick: &Arc<Brick>, asked: &Asked, permit: &Permit) -> Answer 
     }
 }
 
+fn gone() -> Answer {
+    failed(libc::EIDRM, "the file was deleted", false)
+}
+
 /// Asks for admission until it is given, refused, or has waited too long.
 fn admitted(brick: &Brick, asked: &Asked, permit: &Permit) -> Result<(Ticket, Purpose, Bookkeeping), Answer> {
     let until = Instant::now() + WAIT;
@@ -70,7 +74,10 @@ fn admitted(brick: &Brick, asked: &Asked, permit: &Permit) -> Result<(Ticket, Pu
             let admission = replica.admit(asked.ino, &asked.stamp, purpose, brick.now_ms());
             if admission == Admission::Wait {
                 if !brick.wait(&mut replica, until) {
-                    return Err(behind());
+                    drop(replica);
+                    // Its numbers went with the file: they would be waited for without end, and the brick taken for one that
+                    // does not answer.
+                    return Err(if brick.is_gone(asked.ino) { gone() } else { behind() });
                 }
                 continue;
             }

@@ -13,6 +13,8 @@ use crate::wire::data::{self, request::What, response::Outcome};
 const SOURCE_UNREACHABLE: u32 = 113;
 /// `EBADMSG`: what a brick answers when a copy of `[W2]` does not verify at its source.
 const SOURCE_CORRUPT: u32 = 74;
+/// `EIDRM`: what a brick answers when the file was deleted and its data reclaimed.
+pub(super) const GONE: u32 = 43;
 
 /// The header of a request. `sums`: of a write's whole blocks.
 pub(super) fn request(id: u64, ino: Ino, request: &Request, sums: Bytes) -> data::Request {

@@ -142,6 +142,13 @@ impl LinkEvents for Port {
         {
             volume.repair.lock().pause(u64::from(done.pause_ms));
         }
+        if let (Some(data::response::Outcome::Failed(failed)), Some(volume)) =
+            (&response.outcome, self.volume.upgrade())
+            && failed.errno == messages::GONE
+            && !failed.brick
+        {
+            return volume.gone(file.id.ino);
+        }
         let (answer, bytes) = messages::answer(response.outcome, &body, payload);
         if let Answer::Corrupt(blocks) = &answer {
             let blocks: Vec<u64> = blocks.iter().flatten().collect();
@@ -465,6 +472,14 @@ impl Volume {
         self.tell(file, Event::Adopt);
     }
 
+    /// The file was deleted and its data reclaimed: no brick will ever answer what is still under way.
+    pub fn gone(&self, ino: Ino) {
+        let file = self.files.write().remove(&ino);
+        if let Some(file) = file {
+            file.abandon().answer();
+        }
+    }
+
     /// The file's lease is held, and nothing of it is left to repair.
     #[must_use]
     pub fn is_repaired(&self, file: FileId) -> bool {
@@ -710,7 +725,7 @@ impl Volume {
 
     async fn acquire(&self, file: &Arc<File>) {
         loop {
-            if self.session.is_ended() {
+            if self.session.is_ended() || !self.files.read().contains_key(&file.id.ino) {
                 let mut todo = file.abandon();
                 todo.answer();
                 return;

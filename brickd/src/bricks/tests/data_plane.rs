@@ -9,7 +9,7 @@ use mortar_proto::config::{BrickState, Slot};
 use mortar_proto::frame;
 use mortar_proto::wire::data::{self, request::What, response::Outcome};
 
-use super::world::{Holder, World};
+use super::world::{Holder, World, wait_for};
 
 const IN_SYNC: [BrickState; 3] = [BrickState::InSync; 3];
 const A: Slot = Slot(0);
@@ -283,4 +283,20 @@ fn a_sparse_file_of_any_size_is_grown_and_cut_at_once() {
     }
     let intents = world.bricks.brick(world.brick(A)).unwrap().replica.lock().intents();
     assert_eq!(intents, [(ino, vec![0])]);
+}
+
+#[test]
+fn who_still_asks_for_a_file_that_was_deleted_is_told_so_instead_of_being_kept_waiting() {
+    let dir = tempfile::tempdir().unwrap();
+    let world = World::start(dir.path());
+    world.wait_for_states(IN_SYNC);
+    let session = world.session();
+    let ino = world.create(session, "gone");
+    let mut holder = Holder::new(&world, ino, session);
+    holder.write(0, &[7; 4096]);
+    let (fence, numbers) = (What::Fence(data::Fence {}), holder.stamp(0));
+    assert!(matches!(holder.ask(A, numbers, &fence, &[]), Outcome::Fence(_)));
+    world.unlink(session, "gone");
+    wait_for("its data is gone", || (!world.data(A, ino).exists()).then_some(()));
+    assert_eq!(errno(&holder.ask(A, numbers, &fence, &[])), libc::EIDRM);
 }
