@@ -75,6 +75,7 @@ rules! {
     W8Syncing, "W8", "F-10", "Syncing bricks are not flushed";
     W8OneAnswer, "W8", "", "one flushed brick is enough";
     W8Failed, "W8, E4", "", "a brick whose flush failed goes on";
+    W8Again, "W8, E6", "", "a brick whose disk refused something trusts, at its next start, what it can read";
     R1Index, "R1", "F-1", "the log index in the answer to a heartbeat";
     R1Lease, "R1", "", "reads are served without a read lease";
     R1Sent, "R1", "", "the read lease counts from the answer, not from the heartbeat";

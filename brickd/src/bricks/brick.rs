@@ -26,12 +26,11 @@ use super::Whole;
 use super::answers::Answers;
 use super::chores::Chore;
 use super::damage::Damage;
-use super::memory;
 use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use super::scrub::Scrubbing;
 use crate::log::Log;
-use crate::store::{self, BrickDir, BrickId3, Journal, Objects, Opened, Record, Removal, StoreError};
+use crate::store::{self, BrickDir, BrickId3, Journal, Memory, Objects, Opened, Record, Removal, StoreError};
 use crate::tree::Tree;
 
 /// Threads for what may have to wait: for the log, for older requests, for the disk.
@@ -95,6 +94,7 @@ pub struct Brick {
     pub(super) cluster: ClusterId,
     pub(super) log: Log,
     pub(super) dir: BrickDir,
+    memory: Memory,
     pub(super) objects: Arc<Objects>,
     pub(super) journal: Journal,
     pub(super) replica: Mutex<Replica>,
@@ -157,12 +157,13 @@ impl Brick {
         let Opening { id, set, volume, ref volume_name, ref options, configuration, .. } = *opening;
         let cluster = log.identity().cluster;
         let ids = BrickId3 { cluster, volume, brick: id };
-        let Opened { dir, journal, objects, loaded } = store::open(Path::new(&opening.path), ids, volume_name)?;
+        let Opened { dir, memory, journal, objects, loaded } = store::open(Path::new(&opening.path), ids, volume_name)?;
         let slot = configuration.slot_of(id).ok_or_else(|| anyhow::anyhow!("the brick is not in its replica set"))?;
         let recorded = Recorded { intents: loaded.intents, missed: loaded.missed };
         let mut random = [0_u8; 8];
         getrandom::fill(&mut random).map_err(|e| anyhow::anyhow!("no random numbers: {e}"))?;
         let incarnation = Incarnation(u64::from_le_bytes(random) | 1);
+        let boot = memory.id();
         let tree = Tree::new(dir.root(), set, Arc::clone(&objects));
         let space = objects.space()?;
         let (chores, to_do) = unbounded();
@@ -173,17 +174,14 @@ impl Brick {
             cluster,
             log,
             dir,
+            memory,
             objects,
             journal,
             replica: Mutex::new(Replica::new(id, slot, incarnation, recorded)),
             progress: Condvar::new(),
             chores,
             peers: Peers::default(),
-            registration: Registration {
-                incarnation,
-                boot: memory::of(Path::new(&opening.path))?,
-                clean: loaded.clean,
-            },
+            registration: Registration { incarnation, boot, clean: loaded.clean },
             began_ms: clock_ms(ClockId::Boottime),
             slept_ms: AtomicU64::new(slept_ms()),
             read_lease_ms: AtomicU64::new(options.read_lease_ms),
@@ -265,7 +263,7 @@ impl Brick {
             entered.into_iter().filter_map(|(x, ino, regions)| Some(Record::Missed(brick_in(x)?, ino, regions)));
         if let Err(e) = self.journal.add(records.collect()) {
             drop(replica);
-            return self.fail(&format!("the journal cannot be written: {e}"));
+            return self.lose(&format!("the journal cannot be written: {e}"));
         }
         for (x, ino) in replica.forget_missed_of_in_sync() {
             if let Some(x) = brick_in(x) {
@@ -338,6 +336,14 @@ impl Brick {
         self.progress.notify_all();
     }
 
+    /// [E4], [W8] The disk refused something: what was not flushed may be gone, or may only look as if it were there.
+    pub(super) fn lose(&self, why: &str) {
+        if let Err(e) = self.memory.lose() {
+            tracing::error!(brick = %self.id, "what was not flushed may be gone, and that cannot be noted: {e}");
+        }
+        self.fail(why);
+    }
+
     pub(super) fn has_failed(&self) -> bool {
         !self.failed.lock().is_empty()
     }
@@ -345,7 +351,7 @@ impl Brick {
     /// A store error: fails the brick if the disk is broken.
     pub(super) fn complain(&self, error: &StoreError) {
         if error.is_disk_failure() {
-            self.fail(&error.to_string());
+            self.lose(&error.to_string());
         }
     }
 

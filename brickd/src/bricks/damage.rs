@@ -112,7 +112,7 @@ impl Brick {
         let due = self.replica.lock().damage_due(ino, regions);
         let records = due.iter().map(|r| Record::Missed(self.id, ino, r.clone())).collect();
         if let Err(e) = self.journal.add(records) {
-            return self.fail(&format!("the journal cannot be written: {e}"));
+            return self.lose(&format!("the journal cannot be written: {e}"));
         }
         let mut replica = self.replica.lock();
         for regions in due {

@@ -13,7 +13,6 @@
 //! | `requests` | taking a request in: what is refused, what is done at once, who does the rest |
 //! | `run` | running a request: admission, durability, data, answer |
 //! | `list` | lists of regions and extents, in pages |
-//! | `memory` | what a brick's unflushed writes live in, and whether it was kept `[E6]`, `[E7]` |
 //! | `pace` | how repair gives way to applications `[S5]` |
 //! | `pull` | taking ranges from another brick `[S2]`, `[W2]` |
 //! | `peers` | connections to other bricks |
@@ -27,7 +26,6 @@ mod brick;
 mod chores;
 mod damage;
 mod list;
-mod memory;
 mod pace;
 mod peers;
 mod pull;

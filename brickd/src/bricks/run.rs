@@ -191,7 +191,7 @@ pub(super) fn book(brick: &Brick, ino: Ino, due: &Bookkeeping) -> Result<(), Ans
     }
     if let Err(e) = brick.journal.add(records) {
         let why = format!("the journal cannot be written: {e}");
-        brick.fail(&why);
+        brick.lose(&why);
         return Err(failed(libc::EIO, why, true));
     }
     let mut replica = brick.replica.lock();
@@ -340,7 +340,7 @@ fn ask(brick: &Brick, ino: Ino, what: &What) -> Answer {
             Ok(()) => done(),
             Err(e) => {
                 // [W8] A failed flush is never tried again: what it lost cannot be known.
-                brick.fail(&e.to_string());
+                brick.lose(&e.to_string());
                 failed(e.errno(), e.to_string(), true)
             }
         },

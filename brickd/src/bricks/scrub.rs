@@ -278,7 +278,7 @@ impl Brick {
     fn keep_scrub(&self) {
         let record = self.scrubbing.scrub.lock().record();
         if let Err(e) = self.journal.add(vec![Record::Scrub(encode(&record))]) {
-            self.fail(&format!("the journal cannot be written: {e}"));
+            self.lose(&format!("the journal cannot be written: {e}"));
         }
     }
 

@@ -58,7 +58,10 @@ impl Brick {
             std::thread::sleep(Duration::from_millis(10));
         }
         let began = self.now_ms() + 1;
-        self.objects.flush_all().map_err(|e| e.to_string())?;
+        self.objects.flush_all().map_err(|e| {
+            self.lose(&e.to_string());
+            e.to_string()
+        })?;
         let mut replica = self.replica.lock();
         for (ino, extents) in replica.clearable_intents(began, 0) {
             let cleared = replica.clear_intents(ino, &extents, began);

@@ -163,7 +163,7 @@ fn finish(brick: &Brick, n: ConfigNo, in_sync: Slots) -> bool {
         }
     }
     if let Err(e) = brick.objects.flush_all() {
-        brick.fail(&e.to_string());
+        brick.lose(&e.to_string());
         return false;
     }
     let repaired = brick.replica.lock().repaired(n);
@@ -178,7 +178,7 @@ fn take_over(brick: &Brick, x: Slot, files: &[data::FileRegions]) -> bool {
     let Some(id) = Brick::brick_of(&brick.replica.lock(), x) else { return false };
     let regions = || files.iter().flat_map(|f| intervals(f, SIZE_REGION + 1).map(|r| (Ino(f.ino), r)));
     if let Err(e) = brick.journal.add(regions().map(|(ino, r)| Record::Missed(id, ino, r)).collect()) {
-        brick.fail(&format!("the journal cannot be written: {e}"));
+        brick.lose(&format!("the journal cannot be written: {e}"));
         return false;
     }
     let mut replica = brick.replica.lock();
@@ -194,7 +194,7 @@ fn clear_intents(brick: &Brick) {
     for (ino, extents) in due {
         let began = brick.now_ms();
         if let Err(e) = brick.objects.flush(ino) {
-            return brick.fail(&e.to_string());
+            return brick.lose(&e.to_string());
         }
         let mut replica = brick.replica.lock();
         // The kernel tells of what it could not write once: to another flush, it may be, than this one [W8].

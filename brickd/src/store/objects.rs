@@ -449,6 +449,31 @@ impl Objects {
         object.resum(range)
     }
 
+    /// Writes what can be read of `range` once more: the kernel takes for written what it once failed to write `[W8]`.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn write_again(&self, ino: Ino, range: ByteRange) -> Result<()> {
+        let Some(object) = self.object(ino, false)? else { return Ok(()) };
+        let _held = object.exclusive(range);
+        object.dirty.store(true, Ordering::Release);
+        let end = range.end.min(object.size()?);
+        let mut piece = vec![0; REGION_BYTES as usize];
+        let mut at = range.start;
+        while at < end {
+            let Some(start) = object.seek(at, false)?.filter(|start| *start < end) else { break };
+            let stop = object.seek(start, true)?.unwrap_or(end).min(end).min(start + REGION_BYTES);
+            let piece = &mut piece[..(stop - start) as usize];
+            read_all(&object.data, piece, start)?;
+            object
+                .data
+                .write_all_at(piece, start)
+                .map_err(|e| StoreError::new(format!("writing object {ino:?} again"), e))?;
+            at = stop;
+        }
+        Ok(())
+    }
+
     /// Makes the sums of blocks anew of which a part was changed.
     fn resum_edges(&self, ino: Ino, object: &Object, edges: &[(u64, bool)]) -> Result<()> {
         for (block, was_sound) in edges {

@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use mortar_proto::{ByteRange, EXTENT_BYTES};
 
-use super::{BrickDir, BrickId3, Journal, Loaded, Objects, OpenError};
+use super::{BrickDir, BrickId3, Journal, Loaded, Memory, Objects, OpenError};
 
 /// A brick's disk, open.
 pub struct Opened {
     /// Its directory, which nobody else can open meanwhile.
     pub dir: BrickDir,
+    /// Whether it has what was written and not flushed.
+    pub memory: Memory,
     /// What must be durable at once.
     pub journal: Journal,
     /// Its objects.
@@ -26,6 +28,7 @@ pub struct Opened {
 /// When it is not this brick's, or the disk refuses.
 pub fn open(root: &Path, ids: BrickId3, volume_name: &str) -> Result<Opened, OpenError> {
     let dir = BrickDir::open(root, ids, volume_name)?;
+    let memory = Memory::open(&dir.own())?;
     let (journal, loaded) = Journal::open(&dir.own().join("state"))?;
     let objects = Arc::new(Objects::new(&dir.own()));
     if !loaded.clean {
@@ -33,10 +36,21 @@ pub fn open(root: &Path, ids: BrickId3, volume_name: &str) -> Result<Opened, Ope
             let extents = loaded.intents.len();
             tracing::info!(brick = %ids.brick, extents, "the last stop was unclean: making checksums anew where it was being written");
         }
+        if memory.has_lost()
+            && let Err(e) = objects.flush_all()
+        {
+            // It is told once to whoever flushes the whole file system, too: here, before anything is written again.
+            tracing::info!(brick = %ids.brick, "the disk refused something before: {e}");
+        }
         for (ino, extent) in &loaded.intents {
             let start = extent.saturating_mul(EXTENT_BYTES);
-            objects.recompute_sums(*ino, ByteRange::at(start, EXTENT_BYTES))?;
+            let range = ByteRange::at(start, EXTENT_BYTES);
+            if memory.has_lost() {
+                // [W8] It looks as it should, and repair would find nothing to do; but the disk may not have it.
+                objects.write_again(*ino, range)?;
+            }
+            objects.recompute_sums(*ino, range)?;
         }
     }
-    Ok(Opened { dir, journal, objects, loaded })
+    Ok(Opened { dir, memory, journal, objects, loaded })
 }

@@ -59,6 +59,11 @@ struct Content {
     below: Arc<Pages>,
     above: Pages,
     steps: Option<Vec<(Instant, Step)>>,
+    refused: Option<Vec<u8>>,
+}
+
+fn has(data: &[u8], part: &[u8]) -> bool {
+    data.windows(part.len()).any(|window| window == part)
 }
 
 impl Content {
@@ -119,6 +124,18 @@ impl Disk {
     /// The file.
     pub fn file(&self) -> PathBuf {
         self.directory.join(FILE)
+    }
+
+    /// From now on it writes nothing that has `part` in it.
+    pub fn refuse(&self, part: Option<Vec<u8>>) {
+        self.content.lock().refused = part;
+    }
+
+    /// `part` is somewhere on it, within a page.
+    pub fn contains(&self, part: &[u8]) -> bool {
+        let content = self.content.lock();
+        let mut pages = content.above.values().chain(content.below.values());
+        pages.any(|page| has(&page[..], part))
     }
 
     /// From now on it remembers what it is told. Returns what is on it now.
@@ -239,7 +256,11 @@ impl Filesystem for OneFile {
         if offset + data.len() as u64 > DISK_BYTES {
             return reply.error(Errno::ENOSPC);
         }
-        self.content.lock().write(offset, data);
+        let mut content = self.content.lock();
+        if content.refused.as_ref().is_some_and(|part| has(data, part)) {
+            return reply.error(Errno::EIO);
+        }
+        content.write(offset, data);
         reply.written(data.len() as u32);
     }
 

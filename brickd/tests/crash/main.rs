@@ -13,6 +13,7 @@
 //! | `images` | the disks that can be left |
 //! | `check` | the promises, on one brick |
 //! | `damage` | damage by hand: torn checksums, torn logs, names and objects that lack each other |
+//! | `refused` | a disk that refuses some writes for a while |
 //! | `chance` | chance, from a number that is printed |
 
 mod chance;
@@ -24,6 +25,7 @@ mod holder;
 mod images;
 mod mounted;
 mod play;
+mod refused;
 mod server;
 mod trace;
 

@@ -646,7 +646,7 @@ impl Volume {
         self.files.write().retain(|ino, file| {
             // One lock at a time: `File` takes the second within the first.
             let leasing = file.leases.lock().running;
-            open.contains(ino) || Arc::strong_count(file) > 1 || leasing || !file.with(|c| c.is_idle())
+            open.contains(ino) || Arc::strong_count(file) > 1 || leasing || !file.with(|c| c.is_idle() && !c.is_dirty())
         });
     }
 

@@ -483,6 +483,11 @@ impl Coordinator {
             && self.reads.is_empty()
             && self.orphans.is_empty()
     }
+    /// What can be read may not be durable, and the next flush sees to it.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        self.dirty
+    }
     /// It holds the lease and nothing of this file is left to repair under the present configuration.
     #[must_use]
     pub fn is_repaired(&self) -> bool {
@@ -699,8 +704,9 @@ impl Coordinator {
         }
         self.end_all(Completion::Failed(EIO), effects);
         self.lost = true;
-        self.dirty = false;
         self.unflushed = None;
+        // Whoever opens the file again and flushes it must not take for durable what can be read and was never flushed.
+        self.dirty = true;
     }
 
     /// Ends everything, for the shell: when a session cannot be had any more.

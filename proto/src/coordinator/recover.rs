@@ -101,6 +101,8 @@ impl Coordinator {
                 return;
             }
             let recover = *recover && !left_out(Rule::W2Recover);
+            // What another session left is nobody else's to flush.
+            self.dirty |= recover;
             let items = if recover { items(&self.configuration, lists, sizes, &self.unsound) } else { Vec::new() };
             self.phase = Phase::Recovering(Recovery { items, next: 0, left: Vec::new(), spoiled: false });
         }

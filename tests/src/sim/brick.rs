@@ -143,6 +143,8 @@ pub struct Brick {
     pub(super) was_in_sync: bool,
     /// Its next flush fails.
     pub flush_fails: bool,
+    /// Its disk has refused something since its machine was started.
+    pub has_lost: bool,
     /// Writes fail for want of space.
     pub full: bool,
     /// Its next read fails.
@@ -191,6 +193,7 @@ impl Brick {
             closed: false,
             was_in_sync: false,
             flush_fails: false,
+            has_lost: false,
             full: false,
             read_fails: false,
             write_fails: false,
@@ -228,6 +231,14 @@ impl World {
         let slower = if brick.slow_until > self.now { delay * 10 } else { delay };
         slower + brick.hung_until.saturating_sub(self.now)
     }
+    /// The disk refuses something [E4]: what was not flushed may be gone, or only look as if it were there [W8].
+    pub(super) fn lose(&mut self, s: usize) {
+        if !left_out(Rule::W8Again) {
+            self.bricks[s].boot = BootId(u128::from(self.number()));
+        }
+        self.bricks[s].has_lost = true;
+        self.replica(s).fail();
+    }
     /// A disk that hangs, as the probe finds out [E4].
     fn probe_disk(&mut self, s: usize) {
         let brick = &mut self.bricks[s];
@@ -253,12 +264,22 @@ impl World {
         if self.bricks[s].replica.is_some() || self.waits_for_a_disk(s) {
             return;
         }
+        let boot = BootId(u128::from(self.number()));
         let brick = &mut self.bricks[s];
         brick.generation += 1;
         brick.incarnation = incarnation;
+        if brick.read_only {
+            // Mounted anew: what was not flushed is gone.
+            brick.boot = boot;
+            brick.disk.lose_power(&mut self.rng);
+        } else if std::mem::take(&mut brick.has_lost) {
+            brick.disk.evict(&mut self.rng);
+            if !left_out(Rule::W8Again) {
+                brick.disk.write_again();
+            }
+        }
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
-        brick.disk.forgive_flushes();
         let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded());
         brick.replica = Some(replica);
         brick.stopping = None;
@@ -293,6 +314,7 @@ impl World {
             let boot = BootId(u128::from(self.number()));
             let (brick, rng) = (&mut self.bricks[s], &mut self.rng);
             brick.boot = boot;
+            brick.has_lost = false;
             brick.disk.lose_power(rng);
             if left_out(Rule::F2Durable) {
                 brick.applied = rng.between(brick.applied.saturating_sub(8) as u64, brick.applied as u64) as usize;

@@ -62,6 +62,13 @@ impl Cell {
             self.0.remove(0);
         }
     }
+    fn evict(&mut self, rng: &mut Rng) {
+        if self.0.len() > 1 && rng.chance(500) {
+            let kept = self.0[rng.index(self.0.len())];
+            self.0 = vec![kept];
+            self.1 = false;
+        }
+    }
     fn lose_power(&mut self, rng: &mut Rng) {
         if self.0.len() > 1 {
             let kept = self.0[rng.index(self.0.len())];
@@ -227,10 +234,17 @@ impl Disk {
             file.blocks.iter_mut().chain([&mut file.size]).for_each(|c| c.1 = c.0.len() > 1);
         }
     }
-    /// A brick starts. What the kernel could not write counts as unwritten again, as if it had been written anew.
-    pub fn forgive_flushes(&mut self) {
-        let cells = self.files.values_mut().flat_map(|f| f.blocks.iter_mut().chain([&mut f.size]));
-        cells.for_each(|c| c.1 = false);
+    /// The kernel has forgotten some of what it could not write: it was clean, and memory was short.
+    pub fn evict(&mut self, rng: &mut Rng) {
+        for file in self.files.values_mut() {
+            file.blocks.iter_mut().filter(|c| c.1).for_each(|c| c.evict(rng));
+        }
+    }
+    /// A brick starts whose disk has refused something, and writes again what it can read `[W8]`.
+    pub fn write_again(&mut self) {
+        for file in self.files.values_mut() {
+            file.blocks.iter_mut().chain([&mut file.size]).filter(|c| c.1).for_each(|c| c.1 = false);
+        }
     }
     /// The files there are.
     #[must_use]

@@ -162,7 +162,7 @@ impl World {
         let is_drained = replica.is_drained();
         let knew_all = self.bricks[s].registration.clean || self.bricks[s].was_in_sync;
         if is_drained && is_whole && knew_all {
-            self.replica(s).fail();
+            self.lose(s);
             self.bricks[s].stop_flushing = true;
             let (upto, began) = (self.bricks[s].disk.written(), self.brick_now(s) + 1);
             let delay = self.disk_delay(s);

@@ -232,7 +232,7 @@ impl World {
                 if self.bricks[s].flush_fails {
                     self.count("flush failed");
                     self.bricks[s].disk.flush_failed(job.wire.ino);
-                    self.replica(s).fail();
+                    self.lose(s);
                     job.answer = Answer::Failed { errno: EIO, brick: true };
                 } else {
                     self.bricks[s].disk.flushed(job.wire.ino, upto);
@@ -307,7 +307,7 @@ impl World {
     pub(super) fn serve_read(&mut self, s: usize, wire: Wire) {
         if std::mem::take(&mut self.bricks[s].read_fails) {
             self.count("read failed");
-            self.replica(s).fail();
+            self.lose(s);
             return self.answer(s, wire, Answer::Failed { errno: EIO, brick: true }, None);
         }
         let mut content = self.bricks[s].disk.content(wire.ino);
@@ -366,7 +366,7 @@ impl World {
             return false;
         }
         self.count("write failed");
-        self.replica(s).fail();
+        self.lose(s);
         job.applied = false;
         job.answer = Answer::Failed { errno: EIO, brick: true };
         self.also_missed(s, job);
