@@ -233,12 +233,23 @@ pub fn heal(server: &Server, session: SessionId) {
         let some = configuration.in_sync();
         !some.is_empty() && Slot::ALL.iter().all(|slot| configuration.state(*slot) != BrickState::Out)
     });
-    for ino in server.files() {
-        let mut holder = Holder::new(server, ino, session);
-        for slot in Slot::ALL.into_iter().filter(|slot| server.configuration().state(*slot) == BrickState::Syncing) {
-            holder.repair(slot);
+    let syncing = || server.configuration().syncing();
+    // More than once: a brick that is promoted has lists of its own of what the other lacks [S4].
+    for _ in 0..10 {
+        for ino in server.files() {
+            let mut holder = Holder::new(server, ino, session);
+            for slot in syncing().iter() {
+                holder.repair(slot);
+            }
+            holder.settle();
         }
-        holder.settle();
+        let until = Instant::now() + Duration::from_secs(1);
+        while !syncing().is_empty() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if syncing().is_empty() {
+            break;
+        }
     }
     server.wait_for_states(IN_SYNC);
 }
