@@ -70,6 +70,13 @@ impl Drop for Wanting<'_> {
     }
 }
 
+/// Both ends of a connection are on this machine. A host's own name may lead to one loopback address, and what it sends from is another.
+fn is_own(from: Option<SocketAddr>, here: Option<SocketAddr>) -> bool {
+    let ip = |a: Option<SocketAddr>| a.map(|a| a.ip().to_canonical());
+    let is_loopback = |a| ip(a).is_some_and(|ip| ip.is_loopback());
+    ip(from) == ip(here) || is_loopback(from) && is_loopback(here)
+}
+
 #[tonic::async_trait]
 impl Session for Server {
     async fn open(&self, request: Request<OpenRequest>) -> Result<Response<OpenReply>, Status> {
@@ -82,8 +89,7 @@ impl Session for Server {
         }
         if request.volume.is_empty() {
             // The janitor has all volumes, and works on the leader's own machine; nobody else is given that.
-            let ip = |a: Option<SocketAddr>| a.map(|a| a.ip().to_canonical());
-            if ip(from) != ip(here) {
+            if !is_own(from, here) {
                 return Err(Status::permission_denied("name the volume to be mounted"));
             }
         } else {
@@ -303,4 +309,18 @@ impl Session for Server {
 fn pictures(state: &State, all: bool, volume: mortar_proto::VolumeId) -> Vec<wire::SetPicture> {
     let sets = state.sets.iter().filter(|(_, s)| all || s.volume == volume);
     sets.map(|(id, s)| picture(state, *id, &s.configuration)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_own;
+
+    #[test]
+    fn a_host_whose_name_leads_to_another_loopback_address_is_itself_and_others_are_not() {
+        let own = |from: &str, here: &str| is_own(from.parse().ok(), here.parse().ok());
+        assert!(own("10.0.0.1:5", "10.0.0.1:7440") && own("[::ffff:10.0.0.1]:5", "10.0.0.1:7440"));
+        // As Debian writes the host's own name into /etc/hosts.
+        assert!(own("127.0.0.1:5", "127.0.1.1:7440") && own("[::1]:5", "127.0.1.1:7440"));
+        assert!(!own("10.0.0.2:5", "10.0.0.1:7440") && !own("127.0.0.1:5", "10.0.0.1:7440"));
+    }
 }

@@ -438,6 +438,53 @@ impl Cluster {
         Ok(())
     }
 
+    /// Has an empty brick take the place of a server's, in another directory or in the same one.
+    ///
+    /// # Errors
+    /// What it was refused for until the end.
+    pub fn exchange_brick(
+        &self,
+        server: usize,
+        new: Option<&Path>,
+        sound: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
+        let at = |path: &Path| format!("{}:{}", Network::address(server + 1), path.display());
+        let old = self.disks[server].brick();
+        let line = match new {
+            Some(new) => format!("volume replace-brick {VOLUME} {} {} --yes", at(&old), at(new)),
+            None => format!("volume reset-brick {VOLUME} {} --yes", at(&old)),
+        };
+        let path = new.unwrap_or(&old).display().to_string();
+        let mut refused = String::new();
+        let replaced = until("the brick is replaced", START, sound, || match self.mortar(&line) {
+            Ok(_) => true,
+            Err(e) => {
+                refused = format!("{e:#}");
+                // It may have been done by the one who could not tell it any more.
+                self.is_compared(&path)
+            }
+        });
+        replaced.with_context(|| refused).map(|_| ())
+    }
+
+    /// The brick in this directory has to get back all there is.
+    fn is_compared(&self, path: &str) -> bool {
+        let info = self.mortar(&format!("volume heal {VOLUME} info")).unwrap_or_default();
+        let bricks = info["bricks"].as_array().cloned().unwrap_or_default();
+        bricks.iter().any(|brick| brick["path"] == path && brick["compare"] == true)
+    }
+
+    /// Has all bricks compared with each other.
+    ///
+    /// # Errors
+    /// When nobody takes that on.
+    pub fn compare_all(&self, sound: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        until("all bricks are going to be compared", START, sound, || {
+            self.mortar(&format!("volume heal {VOLUME} full")).is_ok()
+        })
+        .map(|_| ())
+    }
+
     /// What was wrong with the disk of this server is mended.
     pub fn suspect(&mut self, server: usize) {
         self.suspects[server] = true;

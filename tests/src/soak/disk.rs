@@ -23,6 +23,8 @@ const WATCHDOG_SECONDS: u32 = 60;
 pub struct Disk {
     image: PathBuf,
     mount_point: PathBuf,
+    /// How often the brick has got another directory.
+    moves: u32,
     watchdog: Option<Process>,
 }
 
@@ -33,10 +35,8 @@ impl Disk {
     /// When one of these fails.
     pub fn make(dir: &Path, number: usize) -> Result<Self> {
         let disk = Self::at(dir, number);
-        File::create_new(&disk.image)?.set_len(BYTES)?;
-        run(Command::new("mkfs.xfs").arg("-q").arg(&disk.image))?;
         std::fs::create_dir(&disk.mount_point)?;
-        disk.mount()?;
+        disk.make_anew()?;
         Ok(disk)
     }
 
@@ -44,13 +44,52 @@ impl Disk {
     #[must_use]
     pub fn at(dir: &Path, number: usize) -> Self {
         let (image, mount_point) = (dir.join(format!("disk{number}.img")), dir.join(format!("disk{number}")));
-        Self { image, mount_point, watchdog: None }
+        Self { image, mount_point, moves: 0, watchdog: None }
     }
 
     /// Where the brick is.
     #[must_use]
     pub fn brick(&self) -> PathBuf {
-        self.mount_point.join("data")
+        self.directory(self.moves)
+    }
+
+    /// Where the brick would be next.
+    #[must_use]
+    pub fn next_brick(&self) -> PathBuf {
+        self.directory(self.moves + 1)
+    }
+
+    /// The brick is there now. Where it was before the last time is removed: the last one may still be closing.
+    ///
+    /// # Errors
+    /// When it cannot be removed.
+    pub fn moved(&mut self) -> Result<()> {
+        self.moves += 1;
+        match self.moves {
+            0 | 1 => Ok(()),
+            moves => std::fs::remove_dir_all(self.directory(moves - 2)).context("removing an old brick"),
+        }
+    }
+
+    fn directory(&self, moves: u32) -> PathBuf {
+        self.mount_point.join(if moves == 0 { "data".to_owned() } else { format!("data{moves}") })
+    }
+
+    /// Another disk, and an empty one. It must not be mounted.
+    fn make_anew(&self) -> Result<()> {
+        let _ = std::fs::remove_file(&self.image);
+        File::create_new(&self.image)?.set_len(BYTES)?;
+        run(Command::new("mkfs.xfs").arg("-q").arg(&self.image))?;
+        self.mount()
+    }
+
+    /// It dies, and an empty one is mounted in its place. Nobody may have files open on it.
+    ///
+    /// # Errors
+    /// When it stays mounted, or the new one cannot be made.
+    pub fn exchange(&mut self) -> Result<()> {
+        self.unmount()?;
+        self.make_anew()
     }
 
     fn mount(&self) -> Result<()> {

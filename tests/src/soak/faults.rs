@@ -54,6 +54,12 @@ pub enum Kind {
     KillAll,
     /// Two of three are killed; one returns, then the other.
     KillTwo,
+    /// The administrator gives a brick another directory.
+    ReplaceBrick,
+    /// The disk dies; the daemon finds an empty one, and the administrator resets the brick.
+    ExchangeDisk,
+    /// The administrator has all bricks compared.
+    CompareAll,
 }
 
 const NAMES: &[(Kind, &str)] = &[
@@ -76,6 +82,9 @@ const NAMES: &[(Kind, &str)] = &[
     (Kind::StopClient, "client hangs"),
     (Kind::KillAll, "all killed"),
     (Kind::KillTwo, "two killed, one returns"),
+    (Kind::ReplaceBrick, "brick replaced"),
+    (Kind::ExchangeDisk, "disk exchanged"),
+    (Kind::CompareAll, "all compared"),
 ];
 
 /// Those of a run that names none.
@@ -99,6 +108,9 @@ const USUAL: &[Kind] = &[
     Kind::StopClient,
     Kind::KillAll,
     Kind::KillTwo,
+    Kind::ReplaceBrick,
+    Kind::ExchangeDisk,
+    Kind::CompareAll,
 ];
 
 impl fmt::Display for Kind {
@@ -123,7 +135,7 @@ impl FromStr for Kind {
 impl Kind {
     /// It takes unflushed data, or a copy, of one brick: the others must have theirs then.
     fn needs_whole(self) -> bool {
-        matches!(self, Self::ShutDown | Self::FlipByte | Self::DeleteObject)
+        matches!(self, Self::ShutDown | Self::FlipByte | Self::DeleteObject | Self::ReplaceBrick | Self::ExchangeDisk)
     }
 }
 
@@ -153,6 +165,11 @@ impl fmt::Display for Fault {
             Kind::CutOneWay if self.flag => write!(f, ", what server {server} sends")?,
             Kind::CutOneWay => write!(f, ", what is sent to server {server}")?,
             Kind::KillClient | Kind::StopClient => write!(f, ", client {client}")?,
+            Kind::CompareAll if self.flag => write!(f, ", server {other} killed meanwhile")?,
+            Kind::CompareAll => {}
+            Kind::ReplaceBrick | Kind::ExchangeDisk if self.flag => {
+                write!(f, ", server {server}, server {other} killed meanwhile")?;
+            }
             _ => write!(f, ", server {server}")?,
         }
         write!(f, ", {:.1} s", self.hold.as_secs_f64())
@@ -229,6 +246,7 @@ impl Fault {
                 return Ok(Struck { spared: Some(self.client), partly: None });
             }
             Kind::KillAll | Kind::KillTwo => return self.kill_several(cluster, field),
+            Kind::ReplaceBrick | Kind::ExchangeDisk | Kind::CompareAll => self.administer(cluster, field)?,
             Kind::Kill | Kind::KillLeader => {
                 // When nobody leads, any server will do.
                 let leads = if self.kind == Kind::KillLeader { cluster.leader().ok() } else { None };
@@ -332,6 +350,34 @@ impl Fault {
         cluster.wait_until_whole(WHOLE, &mut || field.is_sound())?;
         cluster.scrub(WHOLE, &mut || field.is_sound())?;
         cluster.wait_until_whole(WHOLE, &mut || field.is_sound()).map(|_| ())
+    }
+
+    /// Other faults may come while the brick is being built, or the bricks are being compared.
+    fn administer(&self, cluster: &mut Cluster, field: &Field) -> Result<()> {
+        let at = self.server;
+        let sound = &mut || field.is_sound();
+        match self.kind {
+            Kind::ReplaceBrick => {
+                let new = cluster.disks[at].next_brick();
+                cluster.exchange_brick(at, Some(&new), sound)?;
+                cluster.disks[at].moved()?;
+            }
+            Kind::ExchangeDisk => {
+                cluster.kill(at)?;
+                cluster.disks[at].exchange()?;
+                cluster.start(at)?;
+                sleep(self.hold, field)?;
+                cluster.exchange_brick(at, None, sound)?;
+            }
+            _ => cluster.compare_all(sound)?,
+        }
+        if self.flag {
+            sleep(Duration::from_millis(self.number % 3000), field)?;
+            cluster.kill(self.other)?;
+            sleep(self.hold, field)?;
+            cluster.start(self.other)?;
+        }
+        Ok(())
     }
 
     fn strike_client(&self, cluster: &mut Cluster, field: &Field) -> Result<()> {
