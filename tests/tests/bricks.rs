@@ -215,6 +215,42 @@ fn comparing_everything_finds_what_changed_behind_the_bricks_back_and_keeps_two_
     })
 }
 
+/// Files come and go until it is told to stop. Returns how many went.
+fn litter(mount: &Path, stops: &AtomicBool) -> Result<u64> {
+    let mut gone = 0;
+    while !stops.load(Ordering::Acquire) {
+        let paths: Vec<_> = (0..8).map(|i| mount.join(format!("litter{i}"))).collect();
+        paths.iter().try_for_each(|path| std::fs::write(path, [7; 100_000]))?;
+        paths.iter().try_for_each(std::fs::remove_file)?;
+        gone += paths.len() as u64;
+    }
+    Ok(gone)
+}
+
+#[test]
+fn files_that_go_while_they_are_compared_hold_nothing_up() -> Result<()> {
+    with_mount("litter", |world, mount| {
+        drop(image(mount)?);
+        let stops = AtomicBool::new(false);
+        let (told, gone) = std::thread::scope(|scope| {
+            let litter = scope.spawn(|| litter(mount, &stops));
+            let told = (0..3).try_for_each(|_| {
+                world.mortar(&format!("volume heal {VOLUME} full"))?;
+                eventually("all was compared", Duration::from_secs(90), || {
+                    Ok(world.mortar(&format!("volume heal {VOLUME} info"))?["nothing_to_heal"] == true)
+                })
+                .map(drop)
+            });
+            stops.store(true, Ordering::Release);
+            (told, litter.join())
+        });
+        told?;
+        let gone = gone.map_err(|_| anyhow::anyhow!("who litters panicked"))??;
+        ensure!(gone > 100, "only {gone} files were removed meanwhile");
+        world.bricks_are_equal()
+    })
+}
+
 #[test]
 fn with_two_disks_gone_an_older_brick_is_taken_by_the_administrators_word_and_clients_are_told() -> Result<()> {
     with_mount("loss", |world, mount| {
