@@ -19,7 +19,7 @@ use mortar_tests::sim::{self, directed, shrink, world::Play};
 /// Seeds that are tried in the gate.
 const TRIED: u64 = 400;
 
-/// Dice that a scenario is played with.
+/// Dice that a scenario is played with; `MORTAR_BITE_DICE` for more.
 const DICE: u64 = 20;
 
 /// Rules whose absence no seed shows, and why.
@@ -99,7 +99,7 @@ fn caught_by(rule: Rule, seed: u64) -> Option<sim::Failure> {
 fn caught_by_scenario(rule: Rule) -> Option<(u64, String)> {
     let seed = directed::seed();
     for scenario in directed::all().into_iter().filter(|s| s.rules.contains(&rule)) {
-        for dice in 0..DICE {
+        for dice in 0..dice() {
             let how = Play { script: Some(scenario.script.clone()), dice, ..Play::default() };
             leave_out(Some(rule));
             let failed = sim::run_as(seed, &how).err();
@@ -119,17 +119,31 @@ fn caught_by_scenario(rule: Rule) -> Option<(u64, String)> {
     None
 }
 
+fn dice() -> u64 {
+    number("MORTAR_BITE_DICE").unwrap_or(DICE)
+}
+
 #[test]
 fn scenarios_pass_with_every_rule_kept() {
-    let seed = directed::seed();
-    for scenario in directed::all() {
-        for dice in 0..DICE {
-            let how = Play { script: Some(scenario.script.clone()), dice, traced: true };
+    let (seed, all, dice) = (directed::seed(), directed::all(), dice());
+    let failed = Mutex::new(Vec::new());
+    in_pairs(all.len(), |item| {
+        let scenario = &all[item];
+        for dice in 0..dice {
+            let how = Play { script: Some(scenario.script.clone()), dice, traced: false };
             if let Err(failure) = sim::run_as(seed, &how) {
-                failure.trace.iter().filter(|l| l.main).for_each(|l| println!("{}", l.text));
-                panic!("the scenario for {:?} fails with dice {dice}, though no rule is left out", scenario.rules);
+                let what = failure.what.lines().next().unwrap_or_default();
+                println!("{:?} with dice {dice} of seed {seed}: {what}", scenario.rules);
+                failed.lock().unwrap_or_else(|e| e.into_inner()).push((item, dice));
             }
         }
+    });
+    let failed = failed.into_inner().unwrap_or_else(|e| e.into_inner());
+    if let Some((item, dice)) = failed.first() {
+        let how = Play { script: Some(all[*item].script.clone()), dice: *dice, traced: true };
+        let trace = sim::run_as(seed, &how).map_or_else(|f| f.trace, |s| s.trace);
+        trace.iter().filter(|l| l.main).for_each(|l| println!("{}", l.text));
+        panic!("{} runs of scenarios fail, though no rule is left out; of the first, see above", failed.len());
     }
 }
 
