@@ -10,6 +10,9 @@ use crate::types::{BLOCK_BYTES, ByteRange, Epoch, MAX_IO_BYTES, Seq};
 /// Ranges that are recovered at the same time.
 const PARALLEL: usize = 8;
 
+/// What does not verify at its source is tried again in so many parts, and so on down to single blocks.
+const PARTS: u64 = 16;
+
 /// What is to be copied from where.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Item {
@@ -73,7 +76,7 @@ impl Coordinator {
     }
 
     /// [R5] What was to be copied does not verify at its source. What is corrupt on every `InSync` brick has no content any more
-    /// that could be copied; everything else begins again, block by block, with another source.
+    /// that could be copied; everything else begins again, in parts, down to single blocks with another source.
     pub(super) fn recovery_spoiled(&mut self, item: usize, slot: Slot) {
         let Phase::Recovering(recovery) = &mut self.phase else { return };
         let (Some(left), Some(item)) = (recovery.left.get_mut(item), recovery.items.get(item)) else { return };
@@ -166,8 +169,8 @@ fn items(
     if in_sync.is_empty() {
         return Vec::new();
     }
-    // The InSync bricks that may be the source of a range; the size is an empty one. More than a block is tried block by block
-    // before another source is taken for it.
+    // The InSync bricks that may be the source of a range; the size is an empty one. More than a block is tried in parts before
+    // another source is taken for it.
     let sound = |range: ByteRange| -> Slots {
         let is_unsound = |s: &Slot| unsound.iter().any(|(u, at)| u == s && at.len() <= BLOCK_BYTES && *at == range);
         let sound: Slots = in_sync.iter().filter(|s| !is_unsound(s)).collect();
@@ -194,6 +197,7 @@ fn items(
     };
     let mut items = Vec::new();
     if let Some((source, from)) = choose(sound(ByteRange::default()), &|d| d.sized) {
+        let (source, from) = longest(&listed, sizes, sound(ByteRange::default()), (source, from));
         items.push(Item { range: ByteRange::default(), size: true, source, from });
     }
     let mut cuts: Vec<u64> = Vec::new();
@@ -204,7 +208,8 @@ fn items(
     }
     let last = ByteRange::at(0, end).to_blocks().end;
     for (_, range) in unsound {
-        cuts.extend(range.units(BLOCK_BYTES).flat_map(|b| [b, b + 1]).map(|b| (b * BLOCK_BYTES).min(last)));
+        let step = (range.len() / PARTS).next_multiple_of(BLOCK_BYTES).max(BLOCK_BYTES);
+        cuts.extend((range.start..range.end).step_by(step as usize).chain([range.end]).map(|at| at.min(last)));
     }
     cuts.sort_unstable();
     cuts.dedup();
@@ -220,4 +225,26 @@ fn items(
         }
     }
     items
+}
+
+/// Where the size comes from: `highest` names the brick that changed it under the highest numbers. Writes that were in flight
+/// together may each have made the file longer, on one brick this one and on another that one: then the longest stays, or what
+/// was written past the other's end would be cut off. A truncate is never in flight with anything else.
+fn longest(
+    listed: &[(Slot, Doubt)],
+    sizes: &[u64; 3],
+    sound: Slots,
+    highest: (Slot, (Epoch, Seq)),
+) -> (Slot, (Epoch, Seq)) {
+    let made_longer = |(slot, key): (Slot, (Epoch, Seq))| {
+        let bytes = |(s, d): &&(Slot, Doubt)| *s == slot && (d.epoch, d.seq) == key && !d.range.is_empty();
+        let mut written = listed.iter().filter(bytes).peekable();
+        written.peek().is_some() && written.all(|(_, d)| d.range.end <= sizes[slot.index()])
+    };
+    if !made_longer(highest) {
+        return highest;
+    }
+    let sized = listed.iter().filter(|(s, d)| d.sized && sound.has(*s)).map(|(s, d)| (*s, (d.epoch, d.seq)));
+    let longer = sized.filter(|(s, key)| sizes[s.index()] > sizes[highest.0.index()] && made_longer((*s, *key)));
+    longer.max_by_key(|(s, key)| (sizes[s.index()], *key, core::cmp::Reverse(s.0))).unwrap_or(highest)
 }

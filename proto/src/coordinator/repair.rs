@@ -89,14 +89,14 @@ impl Coordinator {
                 if region == SIZE_REGION && !repair.active.is_empty() {
                     break;
                 }
-                if self.permits == 0 {
+                if self.permits == 0 && !left_out(Rule::S5) {
                     if !self.permit_asked {
                         self.permit_asked = true;
                         effects.push(Effect::WantPermit);
                     }
                     break;
                 }
-                self.permits -= 1;
+                self.permits = self.permits.saturating_sub(1);
                 repair.regions.remove(region..region + 1);
                 repair.active.insert(region, Active { seq: None, pulled: false, left: Slots::NONE });
                 self.waiting.push_back(Waiting::Repair { x, region });

@@ -268,3 +268,37 @@ fn what_is_in_doubt_and_corrupt_everywhere_holds_nobody_up() {
     }
     assert_eq!(rounds, 4, "each of the three was tried as source");
 }
+
+/// What each brick has in doubt of epoch 1, by seq, and its size, all in blocks; where the size is copied from then.
+fn size_comes_from(doubts: [&[(u64, core::ops::Range<u64>)]; 3], blocks: [u64; 3]) -> Slot {
+    let mut bench = Bench::new([BrickState::InSync; 3]);
+    bench.tell(Event::Adopt);
+    bench.tell(Event::Granted { epoch: Epoch(2), recover: true, foreign: true });
+    for slot in Slot::ALL {
+        let request = bench.sent(slot, |b| *b == Body::Fence);
+        let mut in_doubt = Vec::new();
+        for (seq, written) in doubts[slot.index()] {
+            let range = ByteRange { start: written.start * BLOCK_BYTES, end: written.end * BLOCK_BYTES };
+            let doubt = Doubt { epoch: Epoch(1), seq: Seq(*seq), range, sized: false };
+            in_doubt.extend([doubt, Doubt { range: ByteRange::default(), sized: true, ..doubt }]);
+        }
+        bench.answer(request, Answer::Fenced { in_doubt, size: blocks[slot.index()] * BLOCK_BYTES });
+    }
+    let sources = bench.effects.iter().filter_map(|e| match e {
+        Effect::Send(Request { body: Body::Pull { size: true, from, .. }, .. }) => Some(*from),
+        _ => None,
+    });
+    let sources: Vec<Slot> = sources.collect();
+    assert!(sources.len() == 2 && sources[0] == sources[1], "{sources:?}");
+    sources[0]
+}
+
+#[test]
+fn of_writes_that_were_in_flight_together_the_one_that_made_the_file_longest_decides_on_the_size() {
+    // B has the second write only, A and C the first, which reaches further, and no brick has grown by both.
+    assert_eq!(size_comes_from([&[(1, 2..4)], &[(2, 0..1)], &[(1, 2..4)]], [4, 1, 4]), A);
+    // A truncate is newer than all that was written before it, and cuts that off.
+    assert_eq!(size_comes_from([&[(1, 2..4)], &[(1, 2..4), (2, 1..4)], &[(1, 2..4)]], [4, 1, 4]), B);
+    // A copy of it whose bytes did not come any more is as good.
+    assert_eq!(size_comes_from([&[(1, 2..4)], &[], &[(2, 0..0)]], [4, 4, 1]), C);
+}

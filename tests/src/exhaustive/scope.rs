@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use Kind::{
     Answer, AnswerMutation, AnswerPull, Apply, Beat, Break, Crash, Deliver, DeliverMutation, DeliverPull, DeliverStray,
     Elect, Fail, Flush, Grant, Kill, Lapse, Learn, Plan, Poll, Power, Read, Recall, Repair, RepairNothing, Repaired,
-    Run, RunMutation, RunPull, Silence, Start, Stop, Stopped, TakeOver, Tidied, Tidy, Told, Write,
+    Run, RunMutation, RunPull, Silence, Start, Stop, Stopped, TakeOver, Tick, Tidied, Tidy, Told, Write,
 };
 
 /// A kind of thing that can happen.
@@ -230,6 +230,17 @@ pub fn all() -> Vec<Scope> {
         messages("a write and a brick that is struck").times(Write, 1).one_of(&[Kill, Power]).bricks(&[0]).depth(7),
         base("a brick lags").any(&[Apply, Beat]).times(Write, 1).times(Read, 1).one_of(&[Kill]).bricks(&[0]).depth(6),
         base("three faults").times(Write, 1).times(Flush, 1).one_of(&[Kill, Power]).faults_are(3).depth(5),
+        Scope::new("a brick that is to stop lags")
+            .at_once(MUTATIONS)
+            .at_once(PULLS)
+            .at_once(REPAIRS)
+            .before(BACK)
+            .any(&[Apply, Beat, Poll])
+            .times(Tick, 1)
+            .times(Write, 1)
+            .one_of(&[Stop])
+            .bricks(&[0])
+            .depth(10),
         messages("two writes and a client that dies or lapses").times(Write, 2).one_of(&[Crash, Lapse]).bricks(&[]),
         operations("operations"),
         operations("operations while a brick is out").before(OUT),
