@@ -24,6 +24,7 @@ sim:             ## many simulations: make sim SEEDS=100000
 
 bite:            ## leaves each rule of the protocol out: which seeds and searches notice? make bite SEEDS=1000
 	tests/prepare.sh build && MORTAR_BITE_SEEDS=$(SEEDS) cargo test --workspace --features mortar-tests/leave-out --test bite --test exhaustive_bites -- --nocapture
+	cargo test --workspace --features mortar-tests/leave-out,mortar-brickd/leave-out --test crash without_ -- --nocapture
 
 HOURS ?= 2
 soak:            ## real processes under faults for hours: make soak HOURS=2

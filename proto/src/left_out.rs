@@ -79,6 +79,7 @@ rules! {
     R1Index, "R1", "F-1", "the log index in the answer to a heartbeat";
     R1Lease, "R1", "", "reads are served without a read lease";
     R1Sent, "R1", "", "the read lease counts from the answer, not from the heartbeat";
+    R1Quorum, "R1", "", "a leader answers heartbeats though no quorum confirms that it leads";
     R2, "R2", "", "Syncing bricks serve reads";
     R3, "R3", "", "a read does not wait for a mutation in flight from the same mount";
     R4, "R4", "", "a read is asked of one brick only";
@@ -87,7 +88,7 @@ rules! {
     R5Source, "R5", "", "a pull takes what does not verify at its source";
     R5Target, "R5", "", "a pull leaves what is corrupt at its target and has the right checksum";
     E1Lapsed, "E1", "E1", "a brick is put out that may still serve reads";
-    E1Agreed, "E1", "F-11", "an agreement ends with any later configuration that has the brick InSync";
+    E1Agreed, "E1", "F-11", "an agreement ends with any later configuration that has the brick InSync, and counts under any";
     E1Elected, "E1", "", "a new leader does not count from its election";
     E1Replaced, "E1", "", "a brick is replaced that may still serve reads";
     E2Replaced, "E2", "", "a brick is replaced though none that is InSync stays";
@@ -108,11 +109,13 @@ rules! {
     S1Source, "S1", "S1", "the source's intents are not repaired";
     S2Busy, "S2", "", "repair does not hold the range";
     S2Clear, "S2", "", "a region is cleared before it was pulled";
+    S3, "S3", "", "checksums are not made anew after an unclean stop";
     S4Reports, "S4", "S4", "a brick is promoted though others list something as missed by it";
     S4Number, "S4", "F-8", "reports of an older n count";
     S4Drained, "S4, F2", "", "reports are made while older work runs";
     S4Flush, "S4", "S4", "a brick reports without a flush after its last repair";
     S4TakeOver, "S4", "F-6", "a promoted brick does not take over what others miss";
+    S5, "S5", "", "regions are repaired without a permit";
 }
 
 #[cfg(not(feature = "leave-out"))]

@@ -14,6 +14,7 @@ const STACK_BYTES: usize = 64 << 20;
 const KNOWN: &[(Rule, &str)] = &[
     (Rule::W1Lapsed, "a write while a brick is out, and a client that dies or lapses"),
     (Rule::F2Drain, "a write while a brick is out, and a client that dies or lapses"),
+    (Rule::E1Agreed, "a brick that is to stop lags"),
     (Rule::E2Last, "a brick lags"),
     (Rule::W2Recover, "a write while a brick is out, and a client that dies or lapses"),
     (Rule::W3OneAnswer, "a write and a connection that breaks"),

@@ -11,8 +11,24 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use mortar_tests::sim::{self, Failure, shrink};
 
 /// Seeds that failed once; each found something.
-const ONCE_FAILED: &[u64] =
-    &[35, 86, 108, 117, 149, 266, 1078, 2402, 2840, 3308, 10_000_351, 804_472_744_694, 186_935_601_557];
+const ONCE_FAILED: &[u64] = &[
+    35,
+    86,
+    108,
+    117,
+    149,
+    266,
+    333,
+    1078,
+    2402,
+    2840,
+    3308,
+    6_002_306,
+    6_025_470,
+    10_000_351,
+    804_472_744_694,
+    186_935_601_557,
+];
 
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|v| v.parse().ok())

@@ -84,6 +84,19 @@ fn torn_checksums_are_made_anew_where_an_intent_is_and_told_of_where_none_is() {
     }
 }
 
+#[cfg(feature = "leave-out")]
+#[test]
+fn without_s3_torn_checksums_are_taken_for_damage() {
+    use mortar_proto::left_out::{Rule, leave_out};
+    let dir = tempfile::tempdir().unwrap();
+    brick(dir.path());
+    edit(&object(dir.path(), INO)[1]).write_all_at(&[0xab; 40], 17).unwrap();
+    leave_out(Some(Rule::S3));
+    let opened = open_again(dir.path());
+    leave_out(None);
+    assert_ne!(opened.objects.unsound(INO, ByteRange::at(0, 1 << 20)).unwrap(), [0_u64; 0]);
+}
+
 #[test]
 fn data_that_is_gone_is_told_of_where_no_intent_is() {
     let damages: [Damage; 2] = [|data| fs::remove_file(data).unwrap(), |data| edit(data).set_len(5000).unwrap()];

@@ -4,9 +4,11 @@ use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
 use mortar_proto::metadata::Command;
 use mortar_proto::metadata::state::{REMEMBERED_OUTCOMES, REMEMBERED_SESSIONS};
-use mortar_proto::types::{EXTENT_BYTES, Ino, REGION_BYTES};
+use mortar_proto::types::{ByteRange, EXTENT_BYTES, Ino, REGION_BYTES};
 
-use super::world::{Wire, World};
+use super::disk::Content;
+use super::quorum::lease_of;
+use super::world::{Wire, World, slot};
 
 impl World {
     pub(super) fn check_step(&mut self) {
@@ -66,6 +68,12 @@ impl World {
             self.fail(|| format!("I8: no brick is InSync under {new:?}"));
         }
         self.put_out_or_back(old, new, cold);
+        for s in Slot::ALL {
+            let (was, is) = (old.members[s.index()], new.members[s.index()]);
+            if is.state != BrickState::InSync || is.incarnation != was.incarnation {
+                self.history.forget_seen(s, None);
+            }
+        }
         for s in Slot::ALL {
             if old.state(s) == BrickState::Syncing && new.state(s) == BrickState::InSync {
                 self.count("promoted");
@@ -150,6 +158,26 @@ impl World {
         }
     }
 
+    /// [F1]: by the log that a brick has applied, whoever changes a file holds its lease.
+    pub(super) fn check_holder(&mut self, s: usize, wire: &Wire) {
+        let Some(known) = self.bricks[s].applied.checked_sub(1).map(|i| &self.quorum.entries[i].state) else { return };
+        let lease = lease_of(known, wire.ino).unwrap_or_default();
+        if lease.epoch == wire.request.epoch && lease.holder != Some(wire.session) {
+            let (session, body) = (wire.session, wire.request.body);
+            self.fail(|| format!("F1: b{s} takes {body:?} of session {session}, which holds no lease: {lease:?}"));
+        }
+    }
+
+    /// A brick serves a read: what it is about to show must stay, for somebody may have read it [W2].
+    pub(super) fn note_seen(&mut self, s: usize, ino: Ino, range: ByteRange, content: &Content) {
+        let member = self.configuration().members[s];
+        if member.state == BrickState::InSync && member.incarnation == self.bricks[s].incarnation {
+            for block in self.geometry.blocks(range).collect::<Vec<usize>>() {
+                self.history.seen(slot(s), ino, block, content.blocks[block]);
+            }
+        }
+    }
+
     /// I6: wherever a brick that is not `InSync` differs from one that is, that one knows, or an intent or doubt covers it.
     pub(super) fn check_known_differences(&mut self, s: usize) {
         let configuration = self.configuration();
@@ -227,6 +255,10 @@ impl World {
         if contents.iter().any(|(_, c)| c.blocks != contents[0].1.blocks || c.size != contents[0].1.size) {
             self.fail(|| format!("I5: c{c} has settled {ino:?}, but its bricks differ: {contents:?}"));
         }
+        let flickers = contents.first().and_then(|(_, content)| self.history.check_seen(ino, content).err());
+        if let Some(why) = flickers {
+            self.fail(|| format!("W2: c{c} has settled {ino:?}, and what somebody has read is gone: {why}"));
+        }
     }
 
     /// I5: the bricks are equal.
@@ -245,7 +277,7 @@ impl World {
         let c = self.configuration();
         c.in_sync().count() == 3
             && self.is_administered()
-            && self.bricks.iter().all(|b| !b.disk.has_rot())
+            && self.is_sound()
             && self.bricks.iter().enumerate().all(|(s, b)| {
                 b.replica.as_ref().is_some_and(|r| r.is_drained() && c.members[s].incarnation == r.incarnation())
             })

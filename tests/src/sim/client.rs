@@ -5,10 +5,10 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use mortar_proto::config::{Configuration, Slots};
 use mortar_proto::coordinator::{
-    Answer, Body, Completion, Coordinator, Effect, Event, Mutation, OpId, Operation, RequestId,
+    Answer, Body, Completion, Coordinator, Effect, Event, Mutation, OpId, Operation, Request, RequestId,
 };
 use mortar_proto::metadata::NameOp;
-use mortar_proto::types::{BLOCK_BYTES, ByteRange, ConfigNo, Epoch, Ino, SessionId};
+use mortar_proto::types::{BLOCK_BYTES, ByteRange, ConfigNo, Epoch, Ino, Seq, SessionId};
 
 use super::acts::{Act, Ask};
 use super::disk::{BLOCKS, Content};
@@ -67,6 +67,9 @@ pub struct Client {
     /// The session under which the first of them is asked for.
     pub(super) named_as: Option<SessionId>,
     pub(super) next_control: u64,
+    /// Repairs that may begin, and those that have: one number each [S5].
+    pub(super) permits: BTreeMap<Ino, usize>,
+    pulls: BTreeSet<(Ino, Epoch, Seq)>,
     /// Files that the janitor has in hand.
     in_hand: BTreeSet<Ino>,
     /// Held files that need repair: under which grant, how much was left when there was progress last, and when that was.
@@ -94,6 +97,8 @@ impl Client {
             names: VecDeque::new(),
             named_as: None,
             next_control: 0,
+            permits: BTreeMap::new(),
+            pulls: BTreeSet::new(),
             in_hand: BTreeSet::new(),
             watched: BTreeMap::new(),
         }
@@ -353,6 +358,9 @@ impl World {
                 if let Some(op) = mutation_of(&request) {
                     self.history.sent(op, (request.epoch, request.seq), request.n);
                 }
+                if matches!(request.body, Body::Pull { doubt: None, .. }) {
+                    self.check_permitted(c, ino, &request);
+                }
                 if number != 0 {
                     let connection = Connection { client: c, slot: s, number };
                     let wire = Wire { connection, session, ino, request };
@@ -386,6 +394,18 @@ impl World {
         }
     }
 
+    /// [S5] A repair begins, or is sent again.
+    fn check_permitted(&mut self, c: usize, ino: Ino, request: &Request) {
+        let client = &mut self.clients[c];
+        if !client.pulls.insert((ino, request.epoch, request.seq)) {
+            return;
+        }
+        match client.permits.get_mut(&ino).filter(|left| **left > 0) {
+            Some(left) => *left -= 1,
+            None => self.fail(|| format!("S5: c{c} repairs {ino:?} with {:?}, which nobody permitted", request.body)),
+        }
+    }
+
     fn completed(&mut self, c: usize, op: OpId, completion: Completion, content: Option<Content>) {
         let Some(pending) = self.clients[c].pending.remove(&op) else {
             self.fail(|| format!("operation {} was completed twice, or never asked for", op.0));
@@ -408,7 +428,10 @@ impl World {
                 }
             }
             (What::Mutation, Completion::LeaseLost) => self.count("lease lost"),
-            (What::Mutation, Completion::Failed(_)) => self.count("failed"),
+            (What::Mutation, Completion::Failed(_)) => {
+                self.count("failed");
+                self.history.refused(op);
+            }
             (What::Read { first, count, needs }, Completion::Bytes) => {
                 let Some(content) = content else {
                     self.fail(|| format!("read {} completed without bytes", op.0));

@@ -108,12 +108,18 @@ pub fn all() -> Vec<Scenario> {
         all.push(scenario(&[Rule::W2SyncingLists], &[&syncing, &half_a_write(12_700, &[0, 1])]));
         all.push(scenario(&[Rule::W2Targets], &[&syncing, &half_a_write(12_700, &[1, 2])]));
     }
+    // Client 0 does not know that brick 2 is back: what it writes reaches the others only.
+    for at in (15_700..16_400).step_by(100) {
+        let unaware = from_log(15_480, Node::Client(0), 1300);
+        all.push(scenario(&[Rule::F1Older], &[&two_are_left(3500), &unaware, &[(at, write(0, F, 0))]]));
+    }
     all.extend(lists(begun));
     all.extend(numbers(begun));
+    all.extend(late(begun));
     all.extend(leading(begun));
     let files = World::new(seed(), &Play::default()).files;
     for (_, act) in all.iter_mut().flat_map(|s| &mut s.script) {
-        if let Act::Ask(_, ino, _) = act {
+        if let Act::Ask(_, ino, _) | Act::Flip(_, ino, _) = act {
             *ino = files[ino.0 as usize];
         }
     }
@@ -127,6 +133,16 @@ fn recovery(begun: &[(u64, Act)]) -> Vec<Scenario> {
         scenario(&[Rule::W2Recover, Rule::W1Lapsed], &[begun, &half]),
         // The copy reaches one brick, the source is put out meanwhile, and recovery begins again.
         scenario(&[Rule::W2CopyInDoubt], &[begun, &half, &[(10_700, Act::Cut(Node::Brick(0), Node::Brick(2), 6000))]]),
+        // Somebody has read it.
+        scenario(
+            &[Rule::W2Highest],
+            &[
+                begun,
+                &[(10_600, write(0, F, 0)), (10_730, Act::Ask(1, F, Ask::Read { first: 0, count: 1 }))],
+                &unsent(10_650, 0, &[0, 1], 3000),
+                &[(10_700, write(0, F, 0)), (10_800, Act::Crash(0, 12_000)), (10_850, write(1, F, 2))],
+            ],
+        ),
         // The one that has it restarts, and has forgotten what was in doubt.
         scenario(&[Rule::S1Own], &[begun, &half, &[(10_720, kill(0, 100))]]),
         // The one that has it stops cleanly.
@@ -155,6 +171,14 @@ fn lists(begun: &[(u64, Act)]) -> Vec<Scenario> {
                 &half_a_write(13_600, &[1]),
                 &[(13_750, kill(0, 600)), (13_750, kill(1, 600))],
                 &only_one_tells(0, 21_000),
+            ],
+        ),
+        // What brick 2 misses has gone bad on the brick that it asks first.
+        scenario(
+            &[Rule::R5Source],
+            &[
+                &two_are_left(3500),
+                &[(12_030, write(0, F, 0)), (14_000, Act::Ask(0, F, Ask::Flush)), (15_450, Act::Flip(0, F, 0))],
             ],
         ),
         // Nobody can repair brick 2, and the other two list what it misses.
@@ -202,16 +226,57 @@ fn numbers(begun: &[(u64, Act)]) -> Vec<Scenario> {
                 &only_one_tells(1, 17_500),
             ],
         ),
-        // Client 0 does not know that brick 2 is back.
-        scenario(
-            &[Rule::F1Older],
-            &[
-                &two_are_left(3500),
-                &from_log(14_800, Node::Client(0), 4500),
-                &[(17_500, write(0, F, 0)), (18_000, write(0, F, 1)), (18_500, write(0, F, 2))],
-            ],
-        ),
     ]
+}
+
+/// What comes late: frames of a connection that was given up, reports of an older configuration, answers of a leader that was
+/// deposed [F3], [S4], [R1].
+fn late(begun: &[(u64, Act)]) -> Vec<Scenario> {
+    let mut all = Vec::new();
+    // Nobody has space for what client 0 writes, and it is told so; brick 0 gets the same once more on the older connection.
+    let full = |at, full| [0, 1, 2].map(|s| (at, Act::Full(s, full)));
+    let writes = [0, 1, 2, 3].map(|block| (10_700, write(0, F, block)));
+    let busy = [10_950, 11_250, 11_550, 11_850, 12_150].map(|at| (at, Act::Ask(0, F, Ask::Stat)));
+    all.push(scenario(
+        &[Rule::F3Connection],
+        &[
+            begun,
+            &[(10_600, Act::Repeat(1000)), (10_710, Act::Break(0, 0))],
+            &full(10_650, true),
+            &writes,
+            &full(10_900, false),
+            &busy,
+        ],
+    ));
+    // Brick 2 was repaired, which is not heard before it is put out and comes back; and it does not know that yet. All the same
+    // the others have just taken what it lacks.
+    for at in (14_600..14_800).step_by(10) {
+        all.push(scenario(
+            &[Rule::S4Number],
+            &[
+                begun,
+                &[(12_000, kill(2, 50))],
+                &to_log(12_200, Node::Brick(2), 1700),
+                &unsent(12_250, 0, &[2], 4000),
+                &[(12_300, Act::Ask(0, F, Ask::Flush))],
+                &from_log(13_700, Node::Brick(2), 2500),
+                &[(at, write(0, F, 0))],
+            ],
+        ));
+    }
+    // Brick 1 hears only the leader before, who has been deposed and does not know it.
+    for v in 0..VOTERS {
+        let others = (0..VOTERS).filter(|o| *o != v);
+        let far = others.flat_map(|o| [(Node::Voter(v), Node::Voter(o)), (Node::Brick(1), Node::Voter(o))]);
+        let far = far.chain([(Node::Voter(v), Node::Client(0))]);
+        let cut: Script =
+            far.flat_map(|(a, b)| [(11_000, Act::Cut(a, b, 9000)), (11_000, Act::Cut(b, a, 9000))]).collect();
+        all.push(scenario(
+            &[Rule::R1Quorum],
+            &[begun, &cut, &unsent(11_050, 0, &[1], 9000), &[(11_100, write(0, F, 0))]],
+        ));
+    }
+    all
 }
 
 /// What the leader decides [E1], [E2], [E6], [E7], [R1].

@@ -40,6 +40,8 @@ struct Written {
     /// Bricks that answered that they have it.
     held_by: Slots,
     acknowledged: bool,
+    /// The application was told that it failed.
+    refused: bool,
     flushed: bool,
     /// Blocks that a cold start lost, and under which configuration.
     lost: [bool; BLOCKS],
@@ -69,6 +71,8 @@ pub struct History {
     lossy: bool,
     /// Clients that have to be told that a file of theirs lost what was acknowledged `[E7]`, and since which configuration.
     owed: BTreeMap<(u64, Ino), ConfigNo>,
+    /// The newest that each brick has shown of each block while it was `InSync`: which operation, and its place.
+    seen: BTreeMap<(Slot, Ino, usize), (OpId, Key)>,
 }
 
 /// What a file's size must be at least, as far as was acknowledged.
@@ -92,6 +96,7 @@ impl History {
             flushed_needs: BTreeMap::new(),
             lossy: false,
             owed: BTreeMap::new(),
+            seen: BTreeMap::new(),
         }
     }
     fn covers(&self, kind: Kind, block: usize) -> bool {
@@ -109,6 +114,7 @@ impl History {
             key: None,
             held_by: Slots::NONE,
             acknowledged: false,
+            refused: false,
             flushed: false,
             lost: [false; BLOCKS],
             lost_under: ConfigNo(0),
@@ -154,6 +160,37 @@ impl History {
         self.recompute();
         if held_by.count() < 2 {
             return Err(format!("{} is acknowledged, but only {held_by:?} said that they have it", op.0));
+        }
+        Ok(())
+    }
+    /// The application was told that it failed: it may be there, or in parts, or not.
+    pub fn refused(&mut self, op: OpId) {
+        if let Some(o) = self.ops.get_mut(&op) {
+            o.refused = true;
+        }
+    }
+    /// A brick shows a block to a reader.
+    pub fn seen(&mut self, by: Slot, ino: Ino, block: usize, value: u64) {
+        let Some(key) = self.ops.get(&OpId(value)).and_then(|o| o.key) else { return };
+        let newest = self.seen.entry((by, ino, block)).or_insert((OpId(value), key));
+        if newest.1 < key {
+            *newest = (OpId(value), key);
+        }
+    }
+    /// A brick has lost what it has shown, or may have: of one block, or of all.
+    pub fn forget_seen(&mut self, by: Slot, of: Option<(Ino, usize)>) {
+        self.seen.retain(|(s, ino, block), _| *s != by || of.is_some_and(|of| of != (*ino, *block)));
+    }
+    /// Is what bricks have shown, and have not lost, still there, or something newer?
+    ///
+    /// # Errors
+    /// A sentence that says what is gone.
+    pub fn check_seen(&self, ino: Ino, content: &Content) -> Result<(), String> {
+        let of_file = self.seen.iter().filter(|((_, of, _), _)| *of == ino);
+        for ((_, _, block), (op, key)) in of_file {
+            if self.ops.get(op).is_some_and(|o| !o.refused && !o.lost[*block]) {
+                self.check(ino, *block, content.blocks[*block], Need { write: *key, any: *key })?;
+            }
         }
         Ok(())
     }

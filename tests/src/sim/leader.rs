@@ -5,6 +5,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use mortar_proto::config::{Configuration, Slot};
+use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::metadata::monitor::{Beat, Monitor};
 use mortar_proto::metadata::{Command, NameError, NameOp, Outcome};
 use mortar_proto::types::{ConfigNo, Epoch, Ino, LogIndex, SessionId};
@@ -363,6 +364,8 @@ impl World {
     /// A quorum should have confirmed by now that this voter leads; `commit` is what was committed when it did.
     pub(super) fn confirmed(&mut self, v: usize, commit: Option<LogIndex>, message: ToLeader) {
         let commit = commit.or_else(|| self.confirms(v).then(|| self.quorum.committed()));
+        let unconfirmed = left_out(Rule::R1Quorum) && matches!(message, ToLeader::Beat { .. });
+        let commit = commit.or_else(|| unconfirmed.then(|| LogIndex(self.quorum.voters[v].applied as u64)));
         let (Some(commit), true) = (commit, self.leader(v).is_some()) else { return };
         let own_now = self.voter_now(v);
         match message {

@@ -2,8 +2,8 @@
 //! so, pulls take another source, the brick remembers, and a scrub finds what nobody reads.
 //!
 //! A block is struck only on an `InSync` brick, and while another one holds it durably and all are sound: whatever happens then,
-//! one brick has it. So a read fails by it only while the bricks that have it are not in sync, and at rest nothing corrupt may be
-//! left. Disks go on with it after all other faults have stopped. What an unclean stop does to a corrupt block in an extent with
+//! one brick has it, unless that is written over by a client that dies and the brick restarts too. So a read fails by it only while
+//! the bricks that have it are not in sync, and at rest nothing corrupt may be left but what was lost in that way. Disks go on with it after all other faults have stopped. What an unclean stop does to a corrupt block in an extent with
 //! intent (its checksum is made anew `[S3]`) is not played here.
 
 use mortar_proto::coordinator::{Answer, Body};
@@ -71,6 +71,7 @@ impl World {
         if self.can_spare(s, ino, block) {
             self.count("flipped");
             self.bricks[s].disk.set_rotten(ino, block);
+            self.history.forget_seen(slot(s), Some((ino, block)));
         }
     }
 
@@ -186,6 +187,7 @@ impl World {
             None => {
                 if !in_sync.has(slot(s)) {
                     for block in lost {
+                        self.note_lost(ino, block);
                         self.bricks[s].disk.write(ino, block, content.blocks[block]);
                         self.bricks[s].disk.set_rotten(ino, block);
                     }
@@ -193,6 +195,25 @@ impl World {
                 true
             }
         }
+    }
+
+    /// A brick takes over what is corrupt. If it is so on every `InSync` one, nobody can give it back until it is written again:
+    /// the copy that was sound had been written over by somebody who died, and its brick had restarted.
+    fn note_lost(&mut self, ino: Ino, block: usize) {
+        let in_sync = self.configuration().in_sync();
+        if in_sync.iter().all(|s| self.bricks[s.index()].disk.is_rotten(ino, block)) {
+            self.count("corrupt everywhere");
+            self.lost.insert((ino, block));
+        }
+    }
+
+    /// Nothing is corrupt but what is so everywhere, and could not be given back.
+    pub(super) fn is_sound(&self) -> bool {
+        let is_rotten = |s: usize, ino, block| self.bricks[s].disk.is_rotten(ino, block);
+        self.files.iter().flat_map(|ino| (0..BLOCKS).map(move |b| (*ino, b))).all(|(ino, block)| {
+            let corrupt = (0..3).filter(|s| is_rotten(*s, ino, block)).count();
+            corrupt == 0 || corrupt == 3 && self.lost.contains(&(ino, block))
+        })
     }
 
     /// A region was pulled: it is struck off if it is sound now.

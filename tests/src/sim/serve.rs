@@ -123,6 +123,7 @@ impl World {
                 self.record_missed(s, job);
             }
             Admission::Apply(ticket, bookkeeping) => {
+                self.check_holder(s, &wire);
                 job.ticket = Some(ticket);
                 job.missed = bookkeeping.missed;
                 if bookkeeping.intents.is_empty() {
@@ -312,7 +313,13 @@ impl World {
         }
         let mut content = self.bricks[s].disk.content(wire.ino);
         let answer = match wire.request.body {
-            Body::Read(range) => self.read_of_corrupt(s, wire.ino, range, &mut content).unwrap_or(Answer::Bytes),
+            Body::Read(range) => {
+                let corrupt = self.read_of_corrupt(s, wire.ino, range, &mut content);
+                if corrupt.is_none() {
+                    self.note_seen(s, wire.ino, range, &content);
+                }
+                corrupt.unwrap_or(Answer::Bytes)
+            }
             Body::Stat => Answer::Stat(Stat { size: content.size, blocks: 0, mtime_ns: 0 }),
             _ => Answer::Seek(None),
         };

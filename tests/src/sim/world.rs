@@ -1,6 +1,6 @@
 //! The world: a virtual clock, one thing at a time, and a network that delays, reorders, cuts and resets.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use mortar_proto::coordinator::{Answer, Body, Event, OpId, Request, RequestId, Timeouts};
 use mortar_proto::left_out::{Rule, left_out};
@@ -216,6 +216,8 @@ pub struct World {
     pub flaky_until: u64,
     /// A node whose network is slow, and until when.
     pub slow: Option<(Node, u64)>,
+    /// Blocks that were corrupt on every `InSync` brick when another one took them over.
+    pub lost: BTreeSet<(Ino, usize)>,
     /// Some mutation was refused, for want of space say.
     pub refused: bool,
     /// Since when bricks are out.
@@ -264,6 +266,7 @@ impl World {
             counter: 1000,
             failure: None,
             trace: play.traced.then(VecDeque::new),
+            lost: BTreeSet::new(),
             refused: false,
             out_since: [0; 3],
             heard: [(Incarnation(0), 0); 3],
@@ -468,8 +471,9 @@ impl World {
     fn happen(&mut self, happening: Happening) {
         match happening {
             Happening::Repeated(wire) => {
-                // What was refused and sent again is another matter than what was done.
-                if !self.refused {
+                // What was refused and sent again is another matter than what was done: only on a new connection can it be.
+                let c = wire.connection;
+                if !self.refused || self.bricks[c.slot].accepted[c.client] != c.number {
                     self.happen(Happening::Request(wire));
                 }
             }
@@ -558,6 +562,7 @@ impl World {
             }
             Happening::Permit(client, generation, ino) => {
                 if self.clients[client].runs(generation) {
+                    *self.clients[client].permits.entry(ino).or_default() += 1;
                     self.tell(client, ino, Event::Permit, None);
                 }
             }

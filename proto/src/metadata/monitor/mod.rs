@@ -321,7 +321,9 @@ impl Monitor {
             let own = heard.filter(|h| h.beat.registration.incarnation == registered).map(|h| h.beat);
             // One that has agreed stays so until it is InSync again [E1]: while it is Syncing that is no wish to leave.
             let in_sync = configuration.state(slot) == BrickState::InSync;
-            let agreed = own.is_some_and(|b| b.agreed_under == configuration.n);
+            let is_of_now =
+                |b: Beat| b.agreed_under == configuration.n || left_out(Rule::E1Agreed) && b.agreed_under.0 > 0;
+            let agreed = own.is_some_and(is_of_now);
             let wants = own.is_some_and(|b| b.failed || b.stopping) || agreed && in_sync;
             let suspected = self.suspected.get(&brick) == Some(&configuration.n);
             let elected_ms = if left_out(Rule::E1Elected) { 0 } else { self.elected_ms };
