@@ -12,6 +12,8 @@ use mortar_tests::harness::{VOLUME, World, eventually, program, sh, with_mount};
 use serde_json::Value;
 
 const BLOCK: u64 = 4096;
+/// After so long without a write a file has no intents any more, by which it would be repaired anyway.
+const IDLE: Duration = Duration::from_secs(8);
 /// Blocks of the image that guests use here.
 const BLOCKS: u64 = 6144;
 
@@ -96,7 +98,9 @@ fn are_equal(one: &Path, other: &Path) -> Result<()> {
 fn a_brick_is_replaced_under_load_while_servers_are_killed() -> Result<()> {
     with_mount("replace", |world, mount| {
         let new = world.brick(2).with_file_name("new");
+        std::fs::write(mount.join("idle"), vec![5; 3_000_000])?;
         beside_a_guest(mount, || {
+            std::thread::sleep(IDLE);
             // Slow enough that what follows happens in the middle.
             world.mortar(&format!("volume set {VOLUME} repair.rate 1M"))?;
             let (from, to) = (at(world, 2, &world.brick(2))?, at(world, 2, &new)?);
@@ -194,6 +198,7 @@ fn a_brick_that_is_found_empty_stays_out_until_it_is_reset() -> Result<()> {
 fn comparing_everything_finds_what_changed_behind_the_bricks_back_and_keeps_two_copies_in_sync() -> Result<()> {
     with_mount("full", |world, mount| {
         drop(image(mount)?);
+        std::thread::sleep(IDLE);
         // A byte, and a hole where data was; nobody reads there.
         let on_disk = |number: usize| OpenOptions::new().write(true).open(world.brick(number).join("disk"));
         on_disk(1)?.write_all_at(b"x", 5_000_000)?;
