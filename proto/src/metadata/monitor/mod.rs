@@ -185,7 +185,7 @@ impl Monitor {
             // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out.
             if suspected
                 && beat.agreed_under != set.configuration.n
-                && self.may_put_out(state, &set.configuration, slot, now_ms)
+                && self.may_put_out(state, &set.configuration, slot, false, now_ms)
             {
                 asked.push(beat.brick);
             }
@@ -200,8 +200,16 @@ impl Monitor {
         member.is_some_and(|m| self.suspected.insert(m.brick, n) != Some(n))
     }
 
-    /// [E2] With `slot` out, an `InSync` brick stays that lives, and two that are written to.
-    fn may_put_out(&self, state: &State, configuration: &Configuration, slot: Slot, now_ms: u64) -> bool {
+    /// [E2] With `slot` out, an `InSync` brick stays that lives, and two that are written to. One that has agreed to its own `Out`
+    /// is about to go, but it has everything: where the brick in `slot` is gone, it stays until another is `InSync`.
+    fn may_put_out(
+        &self,
+        state: &State,
+        configuration: &Configuration,
+        slot: Slot,
+        is_gone: bool,
+        now_ms: u64,
+    ) -> bool {
         if left_out(Rule::E2Last) {
             return configuration.state(slot) != BrickState::Out;
         }
@@ -210,7 +218,8 @@ impl Monitor {
         }
         configuration.in_sync().without(slot).iter().any(|s| {
             let brick = configuration.members[s.index()].brick;
-            let well = self.heard.get(&brick).is_some_and(|h| !h.beat.failed && h.beat.agreed_under != configuration.n);
+            let goes = |b: &Beat| b.failed || b.agreed_under == configuration.n && (!is_gone || b.stopping);
+            let well = self.heard.get(&brick).is_some_and(|h| !goes(&h.beat));
             well && (self.living(state, brick, now_ms) || left_out(Rule::E2Restarted))
         })
     }
@@ -336,7 +345,8 @@ impl Monitor {
             }
             // A Syncing brick serves no reads, so nothing has to run out.
             let serves_none = agreed || silent || !in_sync || left_out(Rule::E1Lapsed);
-            if serves_none && self.may_put_out(state, configuration, slot, now_ms) {
+            let is_gone = silent && !agreed;
+            if serves_none && self.may_put_out(state, configuration, slot, is_gone, now_ms) {
                 let past = self.past.entry(brick).or_default();
                 if past.out_since_ms.is_none() && past.failed_ms + 1000 < now_ms {
                     past.failures = if past.failed_ms + FORGIVEN_AFTER_MS < now_ms { 1 } else { past.failures + 1 };

@@ -69,6 +69,27 @@ impl Cluster {
         state.apply(index, &Entry { time_ns: 0, request: None, command });
     }
 
+    /// From now on bricks may hold something.
+    fn lease_a_file(&mut self) {
+        let open = Command::SessionOpen { nonce: 1, volume: "v".into(), client: "c".into(), address: String::new() };
+        Self::apply(&mut self.state, open);
+        let session = *self.state.sessions.keys().next().expect("a session");
+        let root = self.state.volumes.values().next().expect("a volume").root;
+        let operation = NameOp::Create {
+            parent: root,
+            name: b"f".to_vec(),
+            node: NewNode::File,
+            mode: 0o600,
+            uid: 0,
+            gid: 0,
+            or_existing: false,
+            open: true,
+        };
+        Self::apply(&mut self.state, Command::Name { session, operation });
+        let ino = *self.state.inodes.keys().last().expect("a file");
+        Self::apply(&mut self.state, Command::LeaseGrant { ino, to: session, from: None });
+    }
+
     fn configuration(&self) -> Configuration {
         self.state.sets.values().next().expect("a set").configuration
     }
@@ -151,23 +172,7 @@ impl Cluster {
 #[test]
 fn a_set_whose_files_were_leased_before_its_bricks_registered_comes_to_life() {
     let mut cluster = Cluster::made();
-    let open = Command::SessionOpen { nonce: 1, volume: "v".into(), client: "c".into(), address: String::new() };
-    Cluster::apply(&mut cluster.state, open);
-    let session = *cluster.state.sessions.keys().next().expect("a session");
-    let root = cluster.state.volumes.values().next().expect("a volume").root;
-    let operation = NameOp::Create {
-        parent: root,
-        name: b"f".to_vec(),
-        node: NewNode::File,
-        mode: 0o600,
-        uid: 0,
-        gid: 0,
-        or_existing: false,
-        open: true,
-    };
-    Cluster::apply(&mut cluster.state, Command::Name { session, operation });
-    let ino = *cluster.state.inodes.keys().last().expect("a file");
-    Cluster::apply(&mut cluster.state, Command::LeaseGrant { ino, to: session, from: None });
+    cluster.lease_a_file();
     cluster.run(1000);
     assert_eq!(cluster.states(), ALL_IN);
     assert!(cluster.replicas.iter().all(|r| r.is_live()), "{:?}", cluster.done);
@@ -229,6 +234,23 @@ fn a_brick_that_is_gone_is_put_out_though_nobody_complains() {
     cluster.up = [true; 3];
     cluster.run(2000);
     assert_eq!(cluster.states(), ALL_IN);
+}
+
+#[test]
+fn a_brick_that_is_gone_is_put_out_though_the_last_other_one_has_agreed_to_go() {
+    let mut cluster = Cluster::new();
+    cluster.lease_a_file();
+    cluster.up[0] = false;
+    cluster.run(1500);
+    // The administrator thought of another brick in the place of the third and let it be; the second starts anew.
+    cluster.replicas[2].agree_to_out();
+    cluster.replicas[1] = Replica::new(cluster.replicas[1].brick(), Slot(1), Incarnation(201), Recorded::default());
+    cluster.run(20_000);
+    assert_eq!(cluster.states(), [Out, InSync, InSync]);
+    // It goes and comes back as soon as two others are there.
+    cluster.up[0] = true;
+    cluster.run(5000);
+    assert_eq!((cluster.states(), cluster.replicas[2].has_agreed()), (ALL_IN, false), "{:?}", cluster.done);
 }
 
 #[test]
