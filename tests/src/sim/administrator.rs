@@ -245,7 +245,9 @@ impl World {
                 if is_old && brick.replica.as_ref().is_some_and(|r| r.may_read(now)) {
                     self.fail(|| format!("E1: b{} is replaced and may still serve reads", slot.0));
                 }
-                if new.in_sync().iter().all(|s| self.bricks[s.index()].disk_is_new) {
+                // That a disk has died just now nobody can know.
+                let is_lost = |s: Slot| self.bricks[s.index()].disk_is_new && !self.is_heard(old, s);
+                if new.in_sync().iter().all(is_lost) {
                     self.fail(|| format!("E2: b{} is replaced, and with it the last good copy goes", slot.0));
                 }
             }

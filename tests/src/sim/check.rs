@@ -111,15 +111,18 @@ impl World {
         }
     }
 
+    /// A leader may take a brick for living.
+    pub(super) fn is_heard(&self, configuration: &Configuration, slot: Slot) -> bool {
+        let silence_ms = (self.quorum.timing.read_lease_ms + self.quorum.timing.clock_margin_ms) * 11 / 10;
+        let (incarnation, at) = self.heard[slot.index()];
+        incarnation == configuration.members[slot.index()].incarnation && at + silence_ms > self.now
+    }
+
     /// [E2]: when a leader proposes to put an `InSync` brick out, it hears another one.
     pub(super) fn put_out_proposed(&mut self, configuration: &Configuration, slot: Slot) {
-        let silence_ms = (self.quorum.timing.read_lease_ms + self.quorum.timing.clock_margin_ms) * 11 / 10;
-        let lives = |t: Slot| {
-            let (incarnation, at) = self.heard[t.index()];
-            incarnation == configuration.members[t.index()].incarnation && at + silence_ms > self.now
-        };
         let stays = configuration.in_sync().without(slot);
-        if configuration.state(slot) == BrickState::InSync && !stays.iter().any(lives) {
+        let lives = stays.iter().any(|t| self.is_heard(configuration, t));
+        if configuration.state(slot) == BrickState::InSync && !lives {
             self.fail(|| format!("E2: b{} is to be put out, and nobody who is InSync still lives", slot.0));
         }
     }
