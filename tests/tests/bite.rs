@@ -25,6 +25,7 @@ const DICE: u64 = 20;
 /// Rules whose absence no seed shows, and why.
 const UNSEEN: &[(Rule, &str)] = &[
     (Rule::E1Agreed, "a search shows it, see `exhaustive_bites`"),
+    (Rule::F2Durable, "the entry of a brick's own registration [E5] lies behind every fence that it has answered"),
     (Rule::S1Source, "the source of a cold start has its intents entered as missed [E6]"),
     (Rule::S3, "a test of the real store shows it, among those of power cuts"),
     (Rule::S4Drained, "what still runs was never answered, and is asked for again under the newer configuration"),
@@ -32,7 +33,6 @@ const UNSEEN: &[(Rule, &str)] = &[
 
 /// Rules whose absence fewer than one seed in fifty shows: the gate does not search that long.
 const RARE: &[Rule] = &[
-    Rule::F2Durable,
     Rule::F3Running,
     Rule::W1Unsettled,
     Rule::W2Restart,
@@ -40,10 +40,8 @@ const RARE: &[Rule] = &[
     Rule::W7Doubt,
     Rule::W7Flushed,
     Rule::W8Syncing,
-    Rule::R1Index,
     Rule::R1Lease,
     Rule::E2Replaced,
-    Rule::E5Number,
     Rule::S2Clear,
 ];
 

@@ -108,6 +108,11 @@ pub fn all() -> Vec<Scenario> {
         all.push(scenario(&[Rule::W2SyncingLists], &[&syncing, &half_a_write(12_700, &[0, 1])]));
         all.push(scenario(&[Rule::W2Targets], &[&syncing, &half_a_write(12_700, &[1, 2])]));
     }
+    // Brick 2 starts again while it is Syncing.
+    for at in (12_080..12_320).step_by(40) {
+        let again = [(12_000, kill(2, 50)), (12_600, kill(2, 50))];
+        all.push(scenario(&[Rule::E5Number], &[begun, &again, &to_log(at, Node::Brick(2), 13_000 - at)]));
+    }
     // Client 0 does not know that brick 2 is back: what it writes reaches the others only.
     for at in (15_700..16_400).step_by(100) {
         let unaware = from_log(15_480, Node::Client(0), 1300);
@@ -290,6 +295,9 @@ fn leading(begun: &[(u64, Act)]) -> Vec<Scenario> {
             &[Rule::E1Elected],
             &[begun, &to_be_put_out, &from_log(11_900, b1, 2500), &to_log(11_900, b1, 2500), &[(12_080, Act::Elect)]],
         ),
+        // It was put out, and is heard again before it has applied that.
+        scenario(&[Rule::R1Index], &[begun, &to_be_put_out, &from_log(11_900, b1, 2500), &to_log(11_900, b1, 2500)]),
+        scenario(&[Rule::R1Index], &[begun, &to_be_put_out, &from_log(11_900, b1, 2730), &to_log(11_900, b1, 2730)]),
         // Answers to heartbeats come late.
         scenario(&[Rule::R1Sent], &[begun, &to_be_put_out, &from_log(10_600, b1, 3000), &to_log(11_000, b1, 2600)]),
         scenario(
