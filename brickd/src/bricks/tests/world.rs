@@ -407,7 +407,7 @@ impl<'a> Holder<'a> {
     /// [S2] What the coordinator does: gives `x` back all that it and the others list. Returns the regions.
     pub(super) fn repair(&mut self, x: Slot) -> Vec<u64> {
         let mut repaired = Vec::new();
-        loop {
+        'again: loop {
             let in_sync = self.world.configuration().in_sync();
             let mut regions = Vec::new();
             for slot in in_sync.with(x).iter() {
@@ -417,6 +417,8 @@ impl<'a> Holder<'a> {
                         let bounds = list.files.iter().flat_map(|f| f.bounds.chunks_exact(2));
                         regions.extend(bounds.flat_map(|b| b[0]..b[1]));
                     }
+                    // Another brick was promoted meanwhile.
+                    Outcome::Stale(_) => continue 'again,
                     other => panic!("{other:?}"),
                 }
             }
@@ -433,10 +435,17 @@ impl<'a> Holder<'a> {
                 self.seq += 1;
                 let stamp = self.stamp(self.seq);
                 let pulled = self.ask(x, stamp, &What::Pull(pull), &[]);
+                if matches!(pulled, Outcome::Stale(_)) {
+                    continue 'again;
+                }
                 assert!(matches!(pulled, Outcome::Done(_)), "region {region}: {pulled:?}");
                 for slot in in_sync.iter() {
                     let clear = What::ClearMissed(data::ClearMissed { slot: u32::from(x.0), region });
-                    assert_eq!(self.ask(slot, self.stamp(0), &clear, &[]), Outcome::Done(data::Done::default()));
+                    let cleared = self.ask(slot, self.stamp(0), &clear, &[]);
+                    if matches!(cleared, Outcome::Stale(_)) {
+                        continue 'again;
+                    }
+                    assert_eq!(cleared, Outcome::Done(data::Done::default()));
                 }
                 repaired.push(region);
             }
