@@ -306,7 +306,7 @@ fn a_server_that_lost_its_disk_is_not_drawn_into_the_quorum_by_its_old_address()
 }
 
 #[test]
-fn the_session_that_has_every_volume_is_for_the_servers_own_machine_only() {
+fn the_session_that_has_every_volume_is_for_the_servers_own_machine() {
     let dir = TempDir::new().unwrap();
     let node = Node::start(&dir.path().join("a"));
     until("a leader", || node.log().is_leader().then_some(()));
@@ -320,8 +320,9 @@ fn the_session_that_has_every_volume_is_for_the_servers_own_machine_only() {
             SessionClient::new(channel).open(request).await.map(|_| ())
         })
     };
-    assert_eq!(open("127.0.0.2").unwrap_err().code(), tonic::Code::PermissionDenied);
     until("the leader takes its own", || open("127.0.0.1").ok());
+    // Nobody else's either; whom it refuses is tried in `serve/session.rs`, for here all addresses are this machine's.
+    until("the leader takes its own by another name", || open("127.0.0.2").ok());
 }
 
 #[test]

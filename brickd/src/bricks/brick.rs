@@ -255,6 +255,14 @@ impl Brick {
         if !is_ours || replica.configuration().is_some_and(|c| c.n >= configuration.n) {
             return;
         }
+        if cold_start == Some(self.slot) && replica.state() != BrickState::InSync {
+            // [E2] A source by the administrator's word may be the only one that has what it pulled and did not flush.
+            drop(replica);
+            if let Err(e) = self.objects.flush_all() {
+                return self.lose(&e.to_string());
+            }
+            replica = self.replica.lock();
+        }
         let before = replica.state();
         let entered = replica.configured(configuration, cold_start);
         let brick_in = |slot: Slot| configuration.members.get(slot.index()).map(|m| m.brick);

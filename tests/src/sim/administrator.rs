@@ -10,7 +10,7 @@ use mortar_proto::BrickState;
 use mortar_proto::config::{Configuration, Slot};
 use mortar_proto::metadata::monitor::Replacement;
 use mortar_proto::metadata::{BrickPlace, Command};
-use mortar_proto::types::{BrickId, ServerId};
+use mortar_proto::types::{BrickId, ConfigNo, ServerId};
 
 use super::acts::Act;
 use super::disk::Disk;
@@ -39,13 +39,15 @@ enum Want {
 pub struct Administrator {
     dice: Rng,
     wants: Vec<Want>,
+    /// The source of a loss that was accepted, and since when, until it has applied that.
+    pub(super) made_source: Option<(usize, ConfigNo)>,
 }
 
 impl Administrator {
     /// That of a seed.
     #[must_use]
     pub fn new(seed: u64) -> Self {
-        Self { dice: Rng::new(seed.rotate_left(41) ^ 0xad_1111), wants: Vec::new() }
+        Self { dice: Rng::new(seed.rotate_left(41) ^ 0xad_1111), wants: Vec::new(), made_source: None }
     }
     /// Everything is done.
     #[must_use]
@@ -259,6 +261,7 @@ impl World {
                 self.count("gone back to a brick that was out");
                 let disk = self.bricks[source.index()].disk.clone();
                 self.history.went_back(new.n, &disk);
+                self.administrator.made_source = Some((source.index(), new.n));
                 self.forgive_reads();
                 // They are evicted, and find out at once; whoever mounts again knows what happened.
                 for c in 0..CLIENTS {
@@ -268,6 +271,16 @@ impl World {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// A brick has lost what it had not flushed: if it was made the source just now, that is gone for good.
+    pub(super) fn lost_unflushed(&mut self, s: usize) {
+        if let Some((source, n)) = self.administrator.made_source
+            && source == s
+        {
+            let disk = self.bricks[s].disk.clone();
+            self.history.went_back(n, &disk);
         }
     }
 

@@ -278,6 +278,8 @@ impl World {
                 brick.disk.write_again();
             }
         }
+        self.lost_unflushed(s);
+        let brick = &mut self.bricks[s];
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
         let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded());
@@ -435,6 +437,12 @@ impl World {
         if !is_ours || self.replica(s).configuration().is_some_and(|c| c.n >= configuration.n) {
             return;
         }
+        if cold_start == Some(slot(s)) && self.replica(s).state() != BrickState::InSync {
+            let disk = &mut self.bricks[s].disk;
+            let upto = disk.written();
+            disk.files().into_iter().for_each(|ino| disk.flushed(ino, upto));
+        }
+        self.administrator.made_source.take_if(|(source, n)| *source == s && *n <= configuration.n);
         for (x, ino, regions) in self.replica(s).configured(configuration, cold_start) {
             self.bricks[s].disk.record_missed(configuration.members[x.index()].brick, ino, regions);
         }

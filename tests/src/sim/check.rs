@@ -42,7 +42,9 @@ impl World {
                     return;
                 }
                 // A disk that is gone is what I7 is about: another one has it.
-                if member.state == BrickState::InSync && !brick.disk_is_new && member.brick == brick.id {
+                // And one that the administrator has just made the source flushes before it serves.
+                let is_ready = self.administrator.made_source.is_none_or(|(source, _)| source != s);
+                if member.state == BrickState::InSync && !brick.disk_is_new && member.brick == brick.id && is_ready {
                     let needs = self.history.flushed_needs(*ino);
                     for (b, need) in needs.iter().enumerate() {
                         if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), *need) {

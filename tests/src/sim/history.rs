@@ -216,7 +216,7 @@ impl History {
     pub fn cold_start(&mut self, n: ConfigNo, source: &Disk) {
         self.lose(n, source, false);
     }
-    /// A brick that was not `InSync` is the source: whatever it lacks is gone, and, of what was flushed, what it has not flushed.
+    /// A brick that was not `InSync` is the source: whatever it lacks is gone.
     pub fn went_back(&mut self, n: ConfigNo, source: &Disk) {
         self.lose(n, source, true);
     }
@@ -230,8 +230,8 @@ impl History {
                     Kind::Write { .. } => Need { write: key, any: key },
                     Kind::Truncate { .. } => Need { write: (Epoch(0), Seq(0)), any: key },
                 };
-                let held = if o.flushed { source.durable(o.ino, block) } else { source.block(o.ino, block) };
-                if (flushed_too || !o.flushed) && self.check(o.ino, block, held, need).is_err() {
+                let is_gone = self.check(o.ino, block, source.block(o.ino, block), need).is_err();
+                if is_gone && (flushed_too || !o.flushed) {
                     lost.push((*op, block));
                 }
             }
