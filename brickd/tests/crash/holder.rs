@@ -82,7 +82,8 @@ impl<'a> Holder<'a> {
             let client =
                 self.clients[slot.index()].get_or_insert_with(|| Client::connect(server, slot, session, channel));
             match client.ask(ino, stamp, what.clone(), payload) {
-                Outcome::Behind(_) => None,
+                // What it knows of is newer, or not as new; the stamp is made anew.
+                Outcome::Behind(_) | Outcome::Stale(_) => None,
                 answer => Some(answer),
             }
         })
