@@ -12,7 +12,6 @@ use mortar_proto::metadata::state::{Node, State};
 use mortar_proto::{BLOCK_BYTES, ByteRange, EXTENT_BYTES, Ino, SetId, VolumeId, checksum};
 
 use crate::content::Content;
-use crate::disk::SECTOR;
 use crate::play::object;
 use crate::trace::{History, Trace};
 
@@ -128,17 +127,17 @@ fn file(root: &Path, opened: &Opened, trace: &Trace, history: &History, step: us
             let differs = blocks.iter().find(|number| found.block(**number) != possible[0].block(**number));
             return Err(format!("[W7] block {differs:?} has changed or is torn, and no intent says so"));
         }
-        blocks.iter().try_for_each(|number| sectors(*number, &found, &possible))?;
+        blocks.iter().try_for_each(|number| bytes(*number, &found, &possible))?;
     }
     sums(opened, history.ino, &found)
 }
 
-/// Each sector is what it was, or what it was on its way to.
-fn sectors(number: u64, found: &Content, possible: &[&Content]) -> Result<(), String> {
-    for (i, sector) in found.block(number).chunks(SECTOR).enumerate() {
-        let is_it = |content: &&Content| content.block(number)[i * SECTOR..(i + 1) * SECTOR] == *sector;
-        if !possible.iter().any(is_it) {
-            return Err(format!("[I7] sector {i} of block {number} is neither what it was nor what it was to be"));
+/// Each byte is what it was, or what it was on its way to. Not each sector: a page that is being written to the disk may be
+/// changed meanwhile, for no file system without checksums of its own has it wait, and a disk takes a sector as it finds it.
+fn bytes(number: u64, found: &Content, possible: &[&Content]) -> Result<(), String> {
+    for (i, byte) in found.block(number).iter().enumerate() {
+        if !possible.iter().any(|content| content.block(number)[i] == *byte) {
+            return Err(format!("[I7] byte {i} of block {number} is neither what it was nor what it was to be"));
         }
     }
     Ok(())
