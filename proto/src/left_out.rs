@@ -45,7 +45,7 @@ rules! {
     F3Connection, "F3", "", "an older connection of a client is still served";
     W1Recall, "W1", "", "a holder that is asked for its lease keeps it";
     W1InFlight, "W1", "", "a holder releases while mutations are in flight";
-    W1Unsettled, "W1", "A-5", "a holder releases before it has finished [W2]";
+    W1Unsettled, "W1", "A-5", "a holder releases before it has finished `[W2]`";
     W1Lapsed, "W1", "", "what a lapsed session left is not recovered";
     W2Fence, "W2", "W2", "the fences are not waited for";
     W2Recover, "W2", "W2", "nothing is recovered";
