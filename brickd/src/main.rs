@@ -77,7 +77,7 @@ async fn run(config: &Config) -> anyhow::Result<End> {
         None => listener.local_addr()?.to_string(),
     };
     let (log, applied) = Log::open(dir, identity.clone(), &address).await?;
-    let bricks = Bricks::open(log.clone(), applied)?;
+    let bricks = Bricks::open(log.clone(), applied, dir)?;
     let server = Server::new(log.clone(), bricks.clone(), address.clone(), dir.clone());
     janitor::start(log.clone(), address.clone());
     let serving = tokio::spawn({

@@ -58,7 +58,7 @@ impl Node {
                 }
                 tokio::time::sleep(Duration::from_millis(50)).await;
             };
-            let bricks = Bricks::open(log.clone(), applied).unwrap();
+            let bricks = Bricks::open(log.clone(), applied, &dir).unwrap();
             let server = Server::new(log, bricks, address.clone(), dir.clone());
             let serving = server.clone();
             tokio::spawn(async move { serving.serve(listener).await });

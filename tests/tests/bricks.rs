@@ -195,6 +195,34 @@ fn a_brick_that_is_found_empty_stays_out_until_it_is_reset() -> Result<()> {
 }
 
 #[test]
+fn an_older_copy_of_a_brick_stays_out_until_it_is_reset() -> Result<()> {
+    with_mount("old-copy", |world, mount| {
+        beside_a_guest(mount, || {
+            let data = world.brick(3);
+            let (of, kept) = (data.display(), data.with_extension("kept"));
+            world.playground(&["kill", "3"])?;
+            sh(&format!("cp -a {of} {}", kept.display()))?;
+            world.playground(&["start", "3"])?;
+            world.healed(Duration::from_secs(60))?;
+            world.playground(&["kill", "3"])?;
+            sh(&format!("find {of} -mindepth 1 -delete && cp -a {}/. {of}", kept.display()))?;
+            world.playground(&["start", "3"])?;
+            let told = || {
+                let row = world.mortar(&format!("volume status {VOLUME}"))?["volumes"][0]["bricks"][2].clone();
+                let says = |words: &str| row["failed"].as_str().is_some_and(|f| f.contains(words));
+                Ok(row["state"] == "out" && says("has an older copy of the brick") && says("reset-brick"))
+            };
+            eventually("the older copy is told of", Duration::from_secs(30), told)?;
+            sh(&format!("diff -r --no-dereference --exclude=state {} {of}", kept.display()))?;
+            sh(&format!("find {of} -mindepth 1 -delete && rm -r {}", kept.display()))?;
+            world.mortar(&format!("volume reset-brick {VOLUME} {} --yes", at(world, 3, &data)?))?;
+            world.healed(Duration::from_secs(120)).map(drop)
+        })?;
+        world.bricks_are_equal()
+    })
+}
+
+#[test]
 fn comparing_everything_finds_what_changed_behind_the_bricks_back_and_keeps_two_copies_in_sync() -> Result<()> {
     with_mount("full", |world, mount| {
         drop(image(mount)?);

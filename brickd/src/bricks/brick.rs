@@ -30,7 +30,7 @@ use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use super::scrub::Scrubbing;
 use crate::log::Log;
-use crate::store::{self, BrickDir, BrickId3, Journal, Memory, Objects, Opened, Record, Removal, StoreError};
+use crate::store::{self, BrickDir, BrickId3, Journal, Memory, Objects, Opened, Record, Removal, StoreError, Witness};
 use crate::tree::Tree;
 
 /// Threads for what may have to wait: for the log, for older requests, for the disk.
@@ -97,6 +97,7 @@ pub struct Brick {
     memory: Memory,
     pub(super) objects: Arc<Objects>,
     pub(super) journal: Journal,
+    witness: Witness,
     pub(super) replica: Mutex<Replica>,
     /// Told whenever something that waits might go on.
     pub(super) progress: Condvar,
@@ -153,11 +154,12 @@ fn slept_ms() -> u64 {
 
 impl Brick {
     /// Opens the brick; after an unclean stop makes the sums of what was being written anew first `[S3]`.
-    pub(super) fn open(opening: &Opening, log: Log) -> anyhow::Result<Arc<Self>> {
+    pub(super) fn open(opening: &Opening, log: Log, state_dir: &Path) -> anyhow::Result<Arc<Self>> {
         let Opening { id, set, volume, ref volume_name, ref options, configuration, .. } = *opening;
         let cluster = log.identity().cluster;
         let ids = BrickId3 { cluster, volume, brick: id };
-        let Opened { dir, memory, journal, objects, loaded } = store::open(Path::new(&opening.path), ids, volume_name)?;
+        let Opened { dir, memory, journal, witness, objects, loaded } =
+            store::open(Path::new(&opening.path), state_dir, ids, volume_name)?;
         let slot = configuration.slot_of(id).ok_or_else(|| anyhow::anyhow!("the brick is not in its replica set"))?;
         let recorded = Recorded { intents: loaded.intents, missed: loaded.missed };
         let mut random = [0_u8; 8];
@@ -177,6 +179,7 @@ impl Brick {
             memory,
             objects,
             journal,
+            witness,
             replica: Mutex::new(Replica::new(id, slot, incarnation, recorded)),
             progress: Condvar::new(),
             chores,
@@ -350,6 +353,15 @@ impl Brick {
             tracing::error!(brick = %self.id, "what was not flushed may be gone, and that cannot be noted: {e}");
         }
         self.fail(why);
+    }
+
+    /// Has the server remember how far the journal has come.
+    pub(super) fn raise_stamp(&self) {
+        match self.witness.raise(&self.journal) {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => tracing::warn!(brick = %self.id, "an older copy of the disk might not be noticed: {e:#}"),
+            Err(e) => self.lose(&format!("the journal cannot be written: {e}")),
+        }
     }
 
     pub(super) fn has_failed(&self) -> bool {

@@ -40,6 +40,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -158,6 +159,7 @@ impl Kept {
 /// All bricks of this server.
 pub struct Bricks {
     log: Log,
+    state_dir: PathBuf,
     kept: RwLock<BTreeMap<BrickId, Arc<Kept>>>,
     /// Bricks that are gone, by their directories: another one there waits until nothing of them runs.
     closing: Mutex<BTreeMap<String, Weak<Brick>>>,
@@ -165,13 +167,18 @@ pub struct Bricks {
 }
 
 impl Bricks {
-    /// Starts keeping bricks: `applied` tells what the log does.
+    /// Starts keeping bricks: `applied` tells what the log does. The server keeps its state in `state_dir`.
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn open(log: Log, applied: UnboundedReceiver<Applied>) -> anyhow::Result<Arc<Self>> {
-        let keeper =
-            Arc::new(Self { log, kept: RwLock::default(), closing: Mutex::default(), is_caught_up: Arc::default() });
+    pub fn open(log: Log, applied: UnboundedReceiver<Applied>, state_dir: &Path) -> anyhow::Result<Arc<Self>> {
+        let keeper = Arc::new(Self {
+            log,
+            state_dir: state_dir.to_owned(),
+            kept: RwLock::default(),
+            closing: Mutex::default(),
+            is_caught_up: Arc::default(),
+        });
         let runner = Arc::clone(&keeper);
         std::thread::Builder::new().name("applier".into()).spawn(move || runner.run(applied))?;
         Ok(keeper)
@@ -303,6 +310,7 @@ impl Bricks {
         self.kept.write().insert(kept.id, Arc::clone(&kept));
         let site = Site {
             log: self.log.clone(),
+            state_dir: self.state_dir.clone(),
             before: self.closing.lock().remove(&opening.path),
             is_caught_up: Arc::clone(&self.is_caught_up),
         };
@@ -401,6 +409,7 @@ impl Bricks {
 /// What a brick finds when it is opened.
 struct Site {
     log: Log,
+    state_dir: PathBuf,
     /// The brick that was in its directory before, as long as something of it runs.
     before: Option<Weak<Brick>>,
     /// The log is applied as far as it had come when this server was heard first.
@@ -419,7 +428,7 @@ impl Site {
             std::thread::sleep(LOOK);
         }
         loop {
-            match Brick::open(opening, self.log.clone()) {
+            match Brick::open(opening, self.log.clone(), &self.state_dir) {
                 // The journal of the brick before is closed a moment after everything else of it.
                 Err(_) if self.before.is_some() && Instant::now() < until => std::thread::sleep(LOOK),
                 opened => return opened,
@@ -434,7 +443,7 @@ impl Site {
     /// # Errors
     /// The sentence for the administrator.
     fn check_made(&self, opening: &Opening) -> anyhow::Result<()> {
-        if is_brick(std::path::Path::new(&opening.path)).is_some() {
+        if is_brick(Path::new(&opening.path)).is_some() {
             return Ok(());
         }
         while !self.is_caught_up.load(Ordering::Acquire) && self.is_wanted(opening.id) {
@@ -498,6 +507,6 @@ fn feed(opening: &Opening, site: Site, opened: &Opened, events: &Receiver<Event>
 
 /// The name of the volume whose brick `path` is, if it is one: for checks before it becomes another's.
 #[must_use]
-pub fn is_brick(path: &std::path::Path) -> Option<String> {
+pub fn is_brick(path: &Path) -> Option<String> {
     crate::store::volume_of_brick(path).ok().flatten()
 }

@@ -205,6 +205,7 @@ pub(super) fn book(brick: &Brick, ino: Ino, due: &Bookkeeping) -> Result<(), Ans
 }
 
 fn finish(brick: &Brick, ticket: Ticket, purpose: Purpose, sized: bool, applied: bool) {
+    brick.journal.touch();
     brick.replica.lock().finish(ticket, purpose, sized, applied, brick.now_ms());
     brick.progress.notify_all();
 }

@@ -67,6 +67,7 @@ impl Brick {
             let cleared = replica.clear_intents(ino, &extents, began);
             self.journal.remove(cleared.into_iter().map(|e| Removal::Intent(ino, e)).collect());
         }
+        self.raise_stamp();
         self.journal.set_clean().map_err(|e| format!("the journal cannot be written: {e}"))
     }
 }

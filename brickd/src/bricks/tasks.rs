@@ -20,6 +20,8 @@ const INTENTS_EVERY: Duration = Duration::from_millis(1000);
 const INTENT_IDLE_MS: u64 = 3_000;
 /// How often the disk is probed.
 const PROBE_EVERY: Duration = Duration::from_millis(1000);
+/// How often the stamp is raised while something is changed.
+const STAMP_EVERY: Duration = Duration::from_millis(1000);
 const SPACE_EVERY: Duration = Duration::from_millis(500);
 /// How often records of files that are gone are looked for.
 const GONE_EVERY: Duration = Duration::from_secs(10);
@@ -46,6 +48,7 @@ pub(super) fn start(brick: &Arc<Brick>) -> std::io::Result<()> {
     task("brick-repair", REPAIR_EVERY, repair)?;
     task("brick-intents", INTENTS_EVERY, clear_intents)?;
     task("brick-space", SPACE_EVERY, Brick::look_at_space)?;
+    task("brick-stamp", STAMP_EVERY, Brick::raise_stamp)?;
     task("brick-damage", DAMAGE_EVERY, Brick::look_at_noticed)?;
     task("brick-again", DAMAGE_AGAIN, Brick::try_damage_again)?;
     task("brick-gone", GONE_EVERY, |brick| brick.forget_what_is_gone(Vec::new()))?;
@@ -166,6 +169,7 @@ fn finish(brick: &Brick, n: ConfigNo, in_sync: Slots) -> bool {
         brick.lose(&e.to_string());
         return false;
     }
+    brick.journal.touch();
     let repaired = brick.replica.lock().repaired(n);
     if repaired {
         let bytes = brick.repaired_bytes.load(Ordering::Relaxed);

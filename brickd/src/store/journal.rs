@@ -1,5 +1,5 @@
 //! What must be durable at once, in RocksDB: intents `[W7]`, missed regions `[W5]`, what is corrupt `[R5]`, whether the last stop
-//! was clean `[E5]`, how far a scrub is.
+//! was clean `[E5]`, how far a scrub is, the stamp.
 //!
 //! One thread takes all that waits, writes one batch, syncs once, and tells all. Removals ride along unsynced: forgetting one
 //! only means that something is repaired twice. Adds and removals keep their order.
@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context as _;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -21,6 +22,7 @@ const INTENT: u8 = b'i';
 const MISSED: u8 = b'm';
 const CLEAN: &[u8] = b"clean";
 const SCRUB: &[u8] = b"scrub";
+const STAMP: &[u8] = b"stamp";
 
 /// Something to be made durable.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,17 +59,22 @@ pub struct Loaded {
     pub clean: bool,
     /// How far the scrub is.
     pub scrub: Option<Vec<u8>>,
+    /// The stamp, raised for this start.
+    pub stamp: u64,
 }
 
 enum Job {
     Add(Vec<Record>, Sender<io::Result<()>>),
     Remove(Vec<Removal>),
     Clean(Sender<io::Result<()>>),
+    Stamp(u64, Sender<io::Result<()>>),
 }
 
 /// The journal.
 pub struct Journal {
     jobs: Sender<Job>,
+    /// Something was changed here or in the data since the stamp was raised.
+    changed: AtomicBool,
 }
 
 impl Journal {
@@ -80,12 +87,13 @@ impl Journal {
         made.with_context(|| format!("cannot make the brick's journal in {}", dir.display()))
     }
 
-    /// Opens it, and takes the record of a clean stop away, durably: from now on the next one is not clean unless it says so.
+    /// Opens it, raises its stamp, and takes the record of a clean stop away, durably: from now on the next one is not clean unless it
+    /// says so. Nothing that it holds is changed if the stamp that it had does not pass the check.
     /// One that is gone is never made anew: without it nobody knows what was being written here, or what others miss.
     ///
     /// # Errors
     /// When it is not there or makes no sense, or the disk refuses.
-    pub fn open(dir: &Path) -> anyhow::Result<(Self, Loaded)> {
+    pub fn open(dir: &Path, check: impl FnOnce(u64) -> anyhow::Result<()>) -> anyhow::Result<(Self, Loaded)> {
         let db = DB::open(&options(false), dir).with_context(|| {
             format!(
                 "the brick's journal in {} cannot be opened, and without it nobody knows which data here is good; if it \
@@ -93,7 +101,10 @@ impl Journal {
                 dir.display()
             )
         })?;
-        let mut loaded = Loaded { clean: db.get(CLEAN)?.is_some(), scrub: db.get(SCRUB)?, ..Loaded::default() };
+        let stamp = db.get(STAMP)?.map_or(0, |stamp| word(&stamp, 0));
+        check(stamp)?;
+        let stamp = stamp.saturating_add(1);
+        let mut loaded = Loaded { clean: db.get(CLEAN)?.is_some(), scrub: db.get(SCRUB)?, stamp, ..Loaded::default() };
         let mut missed = HashMap::new();
         for row in db.iterator(IteratorMode::Start) {
             let (key, value) = row?;
@@ -110,10 +121,13 @@ impl Journal {
                 _ => {}
             }
         }
-        db.delete_opt(CLEAN, &synced())?;
+        let mut started = WriteBatch::default();
+        started.delete(CLEAN);
+        started.put(STAMP, stamp.to_be_bytes());
+        db.write_opt(started, &synced())?;
         let (jobs, taken) = unbounded();
         std::thread::Builder::new().name("journal".into()).spawn(move || Writer { db, missed }.run(&taken))?;
-        Ok((Self { jobs }, loaded))
+        Ok((Self { jobs, changed: AtomicBool::new(false) }, loaded))
     }
 
     fn wait(&self, job: impl FnOnce(Sender<io::Result<()>>) -> Job) -> io::Result<()> {
@@ -128,7 +142,12 @@ impl Journal {
     /// # Errors
     /// When the disk refuses.
     pub fn add(&self, records: Vec<Record>) -> io::Result<()> {
-        if records.is_empty() { Ok(()) } else { self.wait(|done| Job::Add(records, done)) }
+        if records.is_empty() {
+            return Ok(());
+        }
+        let added = self.wait(|done| Job::Add(records, done));
+        self.touch();
+        added
     }
 
     /// Forgets records, some time.
@@ -137,6 +156,21 @@ impl Journal {
             // A journal that has stopped is told of by the next add.
             let _ = self.jobs.send(Job::Remove(removals));
         }
+    }
+
+    /// The data has been changed, or flushed: the stamp has to be raised. Told when it is done, else a raise might come in between.
+    pub fn touch(&self) {
+        self.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether anything was changed since this was asked last.
+    pub(super) fn take_change(&self) -> bool {
+        self.changed.swap(false, Ordering::Relaxed)
+    }
+
+    /// Raises the stamp, durably.
+    pub(super) fn stamp(&self, stamp: u64) -> io::Result<()> {
+        self.wait(|done| Job::Stamp(stamp, done))
     }
 
     /// Records a clean stop, durably.
@@ -201,6 +235,10 @@ impl Writer {
                     }
                     Job::Clean(done) => {
                         batch.put(CLEAN, b"1");
+                        waiting.push(done);
+                    }
+                    Job::Stamp(stamp, done) => {
+                        batch.put(STAMP, stamp.to_be_bytes());
                         waiting.push(done);
                     }
                 }
@@ -291,8 +329,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (x, ino) = (BrickId(9), Ino(77));
         Journal::make(dir.path()).unwrap();
+        let open = || Journal::open(dir.path(), |_| Ok(()));
         {
-            let (journal, loaded) = Journal::open(dir.path()).unwrap();
+            let (journal, loaded) = open().unwrap();
             assert!(loaded.intents.is_empty() && loaded.missed.is_empty() && !loaded.clean);
             journal.add(vec![Record::Intent(ino, 3), Record::Intent(ino, 4), Record::Intent(Ino(5), 1)]).unwrap();
             journal
@@ -303,13 +342,19 @@ mod tests {
         }
         std::thread::sleep(std::time::Duration::from_millis(200));
         {
-            let (_journal, loaded) = Journal::open(dir.path()).unwrap();
+            let (_journal, loaded) = open().unwrap();
             assert!(loaded.clean);
             assert_eq!(loaded.intents, [(ino, 4)]);
             let regions: IntervalSet = loaded.missed.iter().map(|(_, _, r)| r.clone()).collect();
             assert_eq!(regions.iter().collect::<Vec<_>>(), [1000..1500, 1600..3000, SIZE_REGION..SIZE_REGION + 1]);
         }
         std::thread::sleep(std::time::Duration::from_millis(200));
-        assert!(!Journal::open(dir.path()).unwrap().1.clean);
+        {
+            let loaded = open().unwrap().1;
+            assert!(!loaded.clean);
+            assert_eq!(loaded.stamp, 3);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert!(Journal::open(dir.path(), |stamp| anyhow::bail!("{stamp}")).is_err_and(|e| e.to_string() == "3"));
     }
 }

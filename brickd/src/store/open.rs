@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mortar_proto::left_out::{Rule, left_out};
 use mortar_proto::{ByteRange, EXTENT_BYTES};
 
-use super::{BrickDir, BrickId3, Journal, Loaded, Memory, Objects, OpenError};
+use super::{BrickDir, BrickId3, Journal, Loaded, Memory, Objects, OpenError, Witness};
 
 /// A brick's disk, open.
 pub struct Opened {
@@ -17,20 +17,24 @@ pub struct Opened {
     pub memory: Memory,
     /// What must be durable at once.
     pub journal: Journal,
+    /// What the server remembers of it.
+    pub witness: Witness,
     /// Its objects.
     pub objects: Arc<Objects>,
     /// What the journal had.
     pub loaded: Loaded,
 }
 
-/// Opens it, or makes it in an empty directory.
+/// Opens it, or makes it in an empty directory. The server keeps its state in `state_dir`.
 ///
 /// # Errors
-/// When it is not this brick's, or the disk refuses.
-pub fn open(root: &Path, ids: BrickId3, volume_name: &str) -> Result<Opened, OpenError> {
+/// When it is not this brick's, or an older copy of it, or a disk refuses.
+pub fn open(root: &Path, state_dir: &Path, ids: BrickId3, volume_name: &str) -> Result<Opened, OpenError> {
+    let witness = Witness::open(state_dir, ids)?;
     let dir = BrickDir::open(root, ids, volume_name)?;
+    let (journal, loaded) = Journal::open(&dir.own().join("state"), |stamp| witness.check(root, stamp))?;
+    witness.saw(loaded.stamp)?;
     let memory = Memory::open(&dir.own())?;
-    let (journal, loaded) = Journal::open(&dir.own().join("state"))?;
     let objects = Arc::new(Objects::new(&dir.own()));
     if !loaded.clean {
         if !loaded.intents.is_empty() {
@@ -55,5 +59,5 @@ pub fn open(root: &Path, ids: BrickId3, volume_name: &str) -> Result<Opened, Ope
             }
         }
     }
-    Ok(Opened { dir, memory, journal, objects, loaded })
+    Ok(Opened { dir, memory, journal, witness, objects, loaded })
 }

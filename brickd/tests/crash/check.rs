@@ -13,6 +13,7 @@ use mortar_proto::{BLOCK_BYTES, ByteRange, EXTENT_BYTES, Ino, SetId, VolumeId, c
 
 use crate::content::Content;
 use crate::play::object;
+use crate::server::WITNESSES;
 use crate::trace::{History, Trace};
 
 const BLOCK: usize = BLOCK_BYTES as usize;
@@ -31,7 +32,8 @@ pub fn brick(root: &Path, trace: &Trace, step: usize) -> Result<(), String> {
         return Err("the brick was made, and is not there".into());
     }
     let ids = BrickId3 { cluster: trace.names.cluster, volume: row.volume, brick: *id };
-    let opened = store::open(root, ids, "v").map_err(|e| format!("the brick does not open: {e:#}"))?;
+    let server = server_at(trace, step).map_err(|e| e.to_string())?;
+    let opened = store::open(root, server.path(), ids, "v").map_err(|e| format!("the brick does not open: {e:#}"))?;
     let clean = opened.loaded.clean;
     if clean && !trace.stops.iter().any(|s| s.begun <= step && step <= s.over) {
         return Err("the stop is called clean, and was not".into());
@@ -63,6 +65,18 @@ pub fn brick(root: &Path, trace: &Trace, step: usize) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// The state directory of a server that remembers of its bricks what it did at a step.
+fn server_at(trace: &Trace, step: usize) -> std::io::Result<tempfile::TempDir> {
+    let server = tempfile::tempdir()?;
+    let dir = server.path().join(WITNESSES);
+    std::fs::create_dir(&dir)?;
+    let seen = trace.seen.iter().rfind(|(at, _)| *at <= step);
+    for (name, text) in seen.iter().flat_map(|(_, seen)| seen) {
+        std::fs::write(dir.join(name), text)?;
+    }
+    Ok(server)
 }
 
 /// The number that XFS gave an object.

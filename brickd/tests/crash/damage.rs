@@ -21,7 +21,9 @@ const IDS: BrickId3 = BrickId3 { cluster: ClusterId(5), volume: VolumeId(2), bri
 type Damage = fn(&Path);
 
 fn open(root: &Path) -> anyhow::Result<Opened> {
-    store::open(root, IDS, "v")
+    // Each time by a server that sees the brick for the first time.
+    let server = tempfile::tempdir()?;
+    store::open(root, server.path(), IDS, "v")
 }
 
 /// Opens a brick whose journal may still be on its way to its end, in a thread of its own.

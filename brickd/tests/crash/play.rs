@@ -88,7 +88,9 @@ impl Player<'_, '_> {
 
     fn flush(&mut self, holder: &mut Holder<'_>, file: usize) {
         holder.flush();
+        let seen = self.server.seen();
         let step = self.recorder.disk.recorded();
+        self.recorder.seen.push((step, seen));
         let history = &mut self.recorder.files[file];
         history.told += "flush, ";
         history.flushed.push((step, history.states.len() - 1));

@@ -17,6 +17,8 @@ use mortar_proto::metadata::{BrickPlace, Command, NameOp, NewNode, Outcome, Regi
 use mortar_proto::wire::{id_from, peer};
 use mortar_proto::{BootId, BrickId, ConfigNo, Incarnation, Ino, SessionId};
 
+use crate::trace::Seen;
+
 /// Waits for something that must come.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let until = Instant::now() + Duration::from_secs(30);
@@ -38,12 +40,16 @@ pub struct Places {
     pub bricks: [PathBuf; 3],
 }
 
+/// Where in its directory it remembers its bricks.
+pub const WITNESSES: &str = "bricks";
+
 /// The server.
 pub struct Server {
     runtime: tokio::runtime::Runtime,
     pub log: Log,
     bricks: Arc<Bricks>,
     pub address: String,
+    dir: PathBuf,
     /// It proposes what a leader proposes.
     pub leads: Arc<AtomicBool>,
     ends: Arc<AtomicBool>,
@@ -61,7 +67,7 @@ impl Server {
         let identity = Identity::load(&places.server).unwrap();
         let server = identity.server;
         let (log, applied) = runtime.block_on(Log::open(&places.server, identity, &address)).unwrap();
-        let bricks = Bricks::open(log.clone(), applied).unwrap();
+        let bricks = Bricks::open(log.clone(), applied, &places.server).unwrap();
         let ends = Arc::new(AtomicBool::new(false));
         let (keeper, end) = (Arc::clone(&bricks), Arc::clone(&ends));
         let listener = std::thread::spawn(move || {
@@ -75,7 +81,9 @@ impl Server {
         });
         wait_for("a leader", || log.is_leader().then_some(()));
         let leads = Arc::new(AtomicBool::new(true));
-        let mut started = Self { runtime, log, bricks, address, leads, ends, leader: None, listener: Some(listener) };
+        let dir = places.server.clone();
+        let mut started =
+            Self { runtime, log, bricks, address, dir, leads, ends, leader: None, listener: Some(listener) };
         started.propose(Command::ServerAdd { server, address: started.address.clone() });
         if started.log.with_state(|s| s.sets.is_empty()) {
             let place = |path: &Path| BrickPlace { server, path: path.display().to_string() };
@@ -87,6 +95,14 @@ impl Server {
         }
         started.lead();
         started
+    }
+
+    /// What it remembers of its bricks just now.
+    pub fn seen(&self) -> Seen {
+        let files = std::fs::read_dir(self.dir.join(WITNESSES)).unwrap().map(Result::unwrap);
+        let row =
+            |file: std::fs::DirEntry| (file.file_name().into_string().unwrap(), std::fs::read(file.path()).unwrap());
+        files.map(row).collect()
     }
 
     fn lead(&mut self) {

@@ -64,6 +64,9 @@ pub struct CleanStop {
     pub over: usize,
 }
 
+/// What the server remembered of its bricks at a step: a directory's files.
+pub type Seen = Vec<(String, Vec<u8>)>;
+
 /// All of it.
 pub struct Trace {
     pub steps: Vec<Step>,
@@ -71,6 +74,8 @@ pub struct Trace {
     pub files: Vec<History>,
     pub misses: Vec<Miss>,
     pub stops: Vec<CleanStop>,
+    /// What the server remembered, from a step on.
+    pub seen: Vec<(usize, Seen)>,
     /// From here on the brick has been made, and was told of.
     pub made: usize,
     /// Names, as the metadata log has them in the end.
@@ -95,13 +100,14 @@ pub struct Recorder<'a> {
     pub files: Vec<History>,
     pub misses: Vec<Miss>,
     pub stops: Vec<CleanStop>,
+    pub seen: Vec<(usize, Seen)>,
     pub made: usize,
     tag: u64,
 }
 
 impl<'a> Recorder<'a> {
     pub fn new(disk: &'a Disk) -> Self {
-        Self { disk, files: Vec::new(), misses: Vec::new(), stops: Vec::new(), made: 0, tag: 0 }
+        Self { disk, files: Vec::new(), misses: Vec::new(), stops: Vec::new(), seen: Vec::new(), made: 0, tag: 0 }
     }
 
     /// A file was made.
@@ -118,8 +124,8 @@ impl<'a> Recorder<'a> {
     }
 
     pub fn end(self, names: Names) -> Trace {
-        let Self { disk, files, misses, stops, made, .. } = self;
+        let Self { disk, files, misses, stops, seen, made, .. } = self;
         let (times, steps) = disk.steps();
-        Trace { steps, times, files, misses, stops, made, names }
+        Trace { steps, times, files, misses, stops, seen, made, names }
     }
 }

@@ -57,7 +57,7 @@ impl World {
         std::fs::create_dir_all(dir.join("server")).unwrap();
         let identity = Identity::load(&dir.join("server")).unwrap();
         let (log, applied) = runtime.block_on(Log::open(&dir.join("server"), identity.clone(), &address)).unwrap();
-        let bricks = Bricks::open(log.clone(), applied).unwrap();
+        let bricks = Bricks::open(log.clone(), applied, &dir.join("server")).unwrap();
         let ends = Arc::new(AtomicBool::new(false));
         let (keeper, end) = (Arc::clone(&bricks), Arc::clone(&ends));
         std::thread::spawn(move || {
