@@ -97,6 +97,7 @@ rules! {
     E3, "E3", "", "I/O that waits for a brick ends in an error";
     E5Awaited, "E5", "E5", "a brick serves before its registration is applied";
     E5Number, "E5, S4", "F-7", "the registration of a Syncing brick makes no new n";
+    E5Copy, "E5", "", "a disk that is an older copy of itself is taken for the brick";
     E5Clean, "E5", "A-7", "a clean stop clears the intents of what is in doubt";
     E6Intents, "E6", "F-12", "the source does not enter its intents as missed";
     E6Boot, "E6", "F-14", "any brick becomes the source";

@@ -94,6 +94,10 @@ pub enum Act {
     Slow(Node, u64),
     /// A brick's disk dies and is exchanged for an empty one.
     LoseDisk(usize),
+    /// A copy of a brick's disk is made.
+    KeepCopy(usize),
+    /// A brick's server loses power, and its disk is the copy then.
+    OldCopy(usize),
     /// The administrator gives a brick another place.
     Replace(usize),
     /// The administrator has all bricks compared.
@@ -144,6 +148,8 @@ impl fmt::Display for Act {
             Self::Full(s, true) => write!(f, "b{s} has no space left"),
             Self::Full(s, false) => write!(f, "b{s} has space again"),
             Self::LoseDisk(s) => write!(f, "the disk of b{s} dies, and an empty one takes its place"),
+            Self::KeepCopy(s) => write!(f, "the disk of b{s} is copied"),
+            Self::OldCopy(s) => write!(f, "b{s} loses power, and its disk comes back as the copy"),
             Self::Replace(s) => write!(f, "the administrator gives b{s} another place"),
             Self::Compare => write!(f, "the administrator has all bricks compared"),
             Self::Flip(s, ino, block) => write!(f, "the disk of b{s} changes block {block} of {ino}"),
@@ -225,6 +231,8 @@ impl World {
             Act::Flaky(for_ms) => self.flaky_until = self.now + for_ms,
             Act::Slow(node, for_ms) => self.slow = Some((node, self.now + for_ms)),
             Act::LoseDisk(s) => self.lose_disk(s),
+            Act::KeepCopy(s) => self.keep_copy(s),
+            Act::OldCopy(s) => self.bring_old_copy(s),
             Act::Replace(s) => self.replace(s),
             Act::Compare => self.compare(),
             Act::Flip(s, ino, block) => self.flip(s, ino, block),

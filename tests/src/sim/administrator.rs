@@ -99,17 +99,22 @@ impl World {
         self.sets_out(Want::Compare);
     }
 
-    /// The disk of a brick dies, with its server; there is an empty one when the server is back.
-    pub(super) fn lose_disk(&mut self, s: usize) {
+    /// No more is lost with a brick's disk than what others have.
+    pub(super) fn may_lose_disk(&self, s: usize) -> bool {
         let configuration = self.configuration();
         let runs = |s: &Slot| {
             let brick = &self.bricks[s.index()];
             brick.is_up() && brick.incarnation == configuration.members[s.index()].incarnation
         };
-        let is_sound = self.bricks.iter().all(|b| !b.disk.has_rot() && !b.disk_is_new);
+        let is_sound = self.bricks.iter().all(|b| !b.disk.has_rot() && !b.has_no_disk());
         // One that has been replaced already is another one soon.
         let is_current = configuration.members[s].brick == self.bricks[s].id;
-        if !is_sound || !is_current || !configuration.in_sync().without(slot(s)).iter().any(|other| runs(&other)) {
+        is_sound && is_current && configuration.in_sync().without(slot(s)).iter().any(|other| runs(&other))
+    }
+
+    /// The disk of a brick dies, with its server; there is an empty one when the server is back.
+    pub(super) fn lose_disk(&mut self, s: usize) {
+        if !self.may_lose_disk(s) {
             return;
         }
         self.count("disk lost");
@@ -153,7 +158,7 @@ impl World {
         self.break_links(s, false);
         let brick = &mut self.bricks[s];
         (brick.id, brick.applied) = (other, applied);
-        (brick.disk, brick.disk_is_new) = (Disk::new(self.geometry), false);
+        (brick.disk, brick.disk_is_new, brick.seen) = (Disk::new(self.geometry), false, 0);
         self.start_brick(s);
     }
 
@@ -214,7 +219,7 @@ impl World {
     /// One that is `InSync` and has its disk, or, when there is none, any other that has its disk.
     fn accept_loss(&mut self, v: usize, configuration: &Configuration) {
         let (set, own_now, state) = (self.quorum.set, self.voter_now(v), Rc::clone(&self.quorum.voters[v].state));
-        let mut sources: Vec<Slot> = Slot::ALL.into_iter().filter(|s| !self.bricks[s.index()].disk_is_new).collect();
+        let mut sources: Vec<Slot> = Slot::ALL.into_iter().filter(|s| !self.bricks[s.index()].has_no_disk()).collect();
         if sources.iter().any(|s| configuration.state(*s) == BrickState::InSync) {
             sources.retain(|s| configuration.state(*s) == BrickState::InSync);
         }
@@ -248,7 +253,7 @@ impl World {
                     self.fail(|| format!("E1: b{} is replaced and may still serve reads", slot.0));
                 }
                 // That a disk has died just now nobody can know.
-                let is_lost = |s: Slot| self.bricks[s.index()].disk_is_new && !self.is_heard(old, s);
+                let is_lost = |s: Slot| self.bricks[s.index()].has_no_disk() && !self.is_heard(old, s);
                 if new.in_sync().iter().all(is_lost) {
                     self.fail(|| format!("E2: b{} is replaced, and with it the last good copy goes", slot.0));
                 }

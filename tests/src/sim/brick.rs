@@ -121,6 +121,11 @@ pub struct Brick {
     pub disk: Disk,
     /// Its disk was exchanged: there is no brick in its directory.
     pub disk_is_new: bool,
+    /// Its disk was exchanged for an older copy, and it has not started since.
+    pub disk_is_old: bool,
+    /// The stamp that its server remembers, and when it was raised last.
+    pub seen: u64,
+    pub(super) raised_ms: u64,
     /// Log entries applied, durably.
     pub applied: usize,
     /// It does nothing until then.
@@ -179,6 +184,9 @@ impl Brick {
             incarnation,
             disk: Disk::new(geometry),
             disk_is_new: false,
+            disk_is_old: false,
+            seen: 0,
+            raised_ms: 0,
             applied: 0,
             paused_until: 0,
             will_start: false,
@@ -210,6 +218,11 @@ impl Brick {
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.replica.is_some()
+    }
+    /// What it had is not on its disk.
+    #[must_use]
+    pub fn has_no_disk(&self) -> bool {
+        self.disk_is_new || self.disk_is_old
     }
     /// Its process still is the one with this number.
     #[must_use]
@@ -261,7 +274,11 @@ impl World {
         let first = self.bricks[s].generation == 0;
         let incarnation = if first { self.bricks[s].incarnation } else { Incarnation(self.number()) };
         self.bricks[s].will_start = false;
-        if self.bricks[s].replica.is_some() || self.waits_for_a_disk(s) {
+        if self.bricks[s].replica.is_some() {
+            return;
+        }
+        self.look_at_disk(s);
+        if self.waits_for_a_disk(s) {
             return;
         }
         let boot = BootId(u128::from(self.number()));
@@ -282,6 +299,9 @@ impl World {
         let brick = &mut self.bricks[s];
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
+        // The record of the clean stop goes with that, so something was changed.
+        brick.disk.raise_stamp();
+        brick.seen = brick.disk.stamp();
         let replica = Replica::new(brick.id, slot(s), incarnation, brick.disk.recorded());
         brick.replica = Some(replica);
         brick.stopping = None;
@@ -496,6 +516,7 @@ impl World {
         }
         self.plan(s);
         self.clear_intents(s);
+        self.raise_stamp(s);
         self.scrub(s);
         self.stop_cleanly(s);
     }

@@ -44,7 +44,7 @@ impl World {
                 // A disk that is gone is what I7 is about: another one has it.
                 // And one that the administrator has just made the source flushes before it serves.
                 let is_ready = self.administrator.made_source.is_none_or(|(source, _)| source != s);
-                if member.state == BrickState::InSync && !brick.disk_is_new && member.brick == brick.id && is_ready {
+                if member.state == BrickState::InSync && !brick.has_no_disk() && member.brick == brick.id && is_ready {
                     let needs = self.history.flushed_needs(*ino);
                     for (b, need) in needs.iter().enumerate() {
                         if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), *need) {
@@ -194,7 +194,7 @@ impl World {
         }
         let mut found = None;
         // One that is new is compared in full, whatever is known of it.
-        let is_compared = |x: &Slot| configuration.members[x.index()].full || self.bricks[x.index()].disk_is_new;
+        let is_compared = |x: &Slot| configuration.members[x.index()].full || self.bricks[x.index()].has_no_disk();
         let others = Slot::ALL.into_iter().filter(|x| configuration.state(*x) != BrickState::InSync);
         for x in others.filter(|x| !is_compared(x)) {
             for ino in &self.files {

@@ -102,6 +102,10 @@ pub struct Disk {
     geometry: Geometry,
     files: BTreeMap<Ino, Data>,
     writes: u64,
+    /// The journal's stamp, what was changed so far, and how much of that when the stamp was raised last.
+    stamp: u64,
+    changes: u64,
+    stamped: u64,
     /// Blocks that the disk has changed by itself since they were written.
     rotten: BTreeSet<(Ino, usize)>,
     /// When such a block was written again.
@@ -127,6 +131,9 @@ impl Disk {
             geometry,
             files: BTreeMap::new(),
             writes: 0,
+            stamp: 0,
+            changes: 0,
+            stamped: 0,
             rotten: BTreeSet::new(),
             healed: BTreeMap::new(),
             now_ms: 0,
@@ -185,6 +192,7 @@ impl Disk {
             self.healed.insert((ino, block), self.now_ms);
         }
         self.writes += 1;
+        self.changes += 1;
         let at = self.writes;
         let cell = &mut self.files.entry(ino).or_default().blocks[block];
         if cell.value() != value {
@@ -196,6 +204,7 @@ impl Disk {
         let changed = self.size(ino) != size;
         if changed {
             self.writes += 1;
+            self.changes += 1;
             let at = self.writes;
             self.files.entry(ino).or_default().size.write(at, size);
         }
@@ -223,6 +232,7 @@ impl Disk {
     }
     /// A flush that began at `upto` has ended.
     pub fn flushed(&mut self, ino: Ino, upto: u64) {
+        self.changes += 1;
         if let Some(file) = self.files.get_mut(&ino) {
             file.blocks.iter_mut().for_each(|c| c.flushed(upto));
             file.size.flushed(upto);
@@ -284,7 +294,27 @@ impl Disk {
             }
         }
     }
+    /// The stamp.
+    #[must_use]
+    pub fn stamp(&self) -> u64 {
+        self.stamp
+    }
+    /// How often something was changed.
+    #[must_use]
+    pub fn changes(&self) -> u64 {
+        self.changes
+    }
+    /// Raises the stamp, durably, if something was changed since that was done last.
+    pub fn raise_stamp(&mut self) -> bool {
+        let is_due = self.changes != self.stamped;
+        if is_due {
+            self.stamped = self.changes;
+            self.stamp += 1;
+        }
+        is_due
+    }
     fn sync_records(&mut self) {
+        self.changes += 1;
         self.deleted_intents.clear();
         self.deleted_missed.clear();
     }

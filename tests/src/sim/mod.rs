@@ -21,6 +21,7 @@ pub mod administrator;
 pub mod brick;
 pub mod check;
 pub mod client;
+pub mod copies;
 pub mod directed;
 pub mod disk;
 pub mod faults;

@@ -11,6 +11,7 @@ use super::acts::{Act, Script};
 use super::administrator::Administrator;
 use super::brick::{Brick, Peer, Step};
 use super::client::Client;
+use super::copies::Copies;
 use super::disk::{BLOCKS, Content, Geometry};
 use super::faults::Faults;
 use super::history::History;
@@ -138,6 +139,8 @@ pub enum Happening {
     Rot,
     /// The administrator decides on something.
     Decide,
+    /// A copy of a disk is made, or comes back.
+    Copy,
     /// The administrator goes on with it.
     Administrator,
     /// Something is done from outside.
@@ -176,6 +179,8 @@ pub struct World {
     pub chaos: Rng,
     /// Who exchanges disks.
     pub administrator: Administrator,
+    /// Copies of disks.
+    pub copies: Copies,
     /// The dice of what disks change.
     pub rot: Rng,
     /// The acts come from a script.
@@ -280,6 +285,7 @@ impl World {
             rng,
             chaos: Rng::new(!seed),
             administrator: Administrator::new(seed),
+            copies: Copies::new(seed),
             rot: super::rot::dice(seed),
             scripted: play.script.is_some(),
             done: Script::new(),
@@ -310,6 +316,7 @@ impl World {
                 world.after_chance(500, Happening::Fault);
                 world.begin_to_rot();
                 world.begin_to_administer();
+                world.begin_to_copy();
             }
         }
         world
@@ -591,6 +598,7 @@ impl World {
             Happening::Fault => self.fault(),
             Happening::Rot => self.rots(),
             Happening::Decide => self.decide(),
+            Happening::Copy => self.copies(),
             Happening::Administrator => self.administer(),
             Happening::Act(act) => self.act(act),
             Happening::CutNoticed(a, b) => {
