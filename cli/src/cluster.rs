@@ -115,10 +115,14 @@ impl Cluster {
 
     /// Finds the leader; waits for one to be elected while any server answers.
     async fn leader(&self, deadline: Instant) -> Outcome<(Address, Client)> {
+        let mut told = None;
         loop {
+            // One that had little time left and did not answer may live all the same: what was told before counts then.
+            let had_time = Instant::now() + PROBE <= deadline;
             let (answers, silent) = self.probe_all(deadline).await;
             let Some(best) = choose(&self.contact.servers, &answers) else {
-                return Err(Failure::failed(self.nobody(&silent)));
+                let told = told.filter(|_| !had_time);
+                return Err(Failure::failed(told.unwrap_or_else(|| self.nobody(&silent))));
             };
             let leader = best.identity.leader.clone();
             if let Ok(address) = Address::parse(&leader) {
@@ -133,21 +137,22 @@ impl Cluster {
                     return Ok((address, answer.client));
                 }
             }
+            let living: Vec<_> = answers.keys().map(Address::as_str).collect();
+            let mut sentence = format!(
+                "{} answered, but the cluster has no leader that can be reached: more than half of its voting servers must \
+                 be up and see each other.",
+                living.join(", ")
+            );
+            if !leader.is_empty() {
+                sentence.push_str(&format!(" The last known leader is {leader}."));
+            }
+            for (address, why) in &silent {
+                sentence.push_str(&format!(" {address}: {why}."));
+            }
             if Instant::now() + PAUSE >= deadline {
-                let living: Vec<_> = answers.keys().map(Address::as_str).collect();
-                let mut sentence = format!(
-                    "{} answered, but the cluster has no leader that can be reached: more than half of its voting \
-                     servers must be up and see each other.",
-                    living.join(", ")
-                );
-                if !leader.is_empty() {
-                    sentence.push_str(&format!(" The last known leader is {leader}."));
-                }
-                for (address, why) in &silent {
-                    sentence.push_str(&format!(" {address}: {why}."));
-                }
                 return Err(Failure::failed(sentence));
             }
+            told = Some(sentence);
             sleep(PAUSE).await;
         }
     }
