@@ -40,6 +40,8 @@ step "quorum" tests --workspace --test quorum
 step "power cuts, on images of a real disk" tests --workspace --test crash -- --nocapture
 step "cluster" tests --workspace --test cluster --test bricks --test integrity -- --test-threads=1 --nocapture
 step "mount" tests --workspace --test mount -- --test-threads=1 --nocapture
+faults() { MORTAR_SOAK_SECONDS=${MORTAR_SOAK_SECONDS:-300} tests --workspace --test soak -- --nocapture; }
+step "five minutes of faults on real processes" faults
 step "documentation" env RUSTDOCFLAGS="-D warnings" cargo doc --workspace --exclude mortar-tests --no-deps
 deny() {
   "$tools/bin/cargo-deny" --all-features check licenses bans sources
