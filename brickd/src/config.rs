@@ -23,7 +23,10 @@ pub struct Flags {
     /// the host name
     #[arg(long, value_name = "HOST:PORT")]
     advertise: Option<String>,
-    /// A TOML file with the same keys (state-dir, listen, advertise, log-level, log-json)
+    /// Where to serve metrics for Prometheus, in the text format of OpenMetrics, at /metrics; nowhere unless told
+    #[arg(long, value_name = "ADDR:PORT")]
+    metrics: Option<String>,
+    /// A TOML file with the same keys (state-dir, listen, advertise, metrics, log-level, log-json)
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// What to log: error, warn, info, debug, trace, or a filter as in RUST_LOG, which overrides it
@@ -40,6 +43,7 @@ struct Filed {
     state_dir: Option<PathBuf>,
     listen: Option<String>,
     advertise: Option<String>,
+    metrics: Option<String>,
     log_level: Option<String>,
     log_json: Option<bool>,
 }
@@ -50,6 +54,7 @@ pub struct Config {
     pub state_dir: PathBuf,
     pub listen: SocketAddr,
     pub advertise: Option<String>,
+    pub metrics: Option<SocketAddr>,
     log_level: String,
     log_json: bool,
 }
@@ -96,6 +101,14 @@ impl Flags {
                 rustix::system::uname().nodename()
             );
         }
+        let metrics = match self.metrics.or(filed.metrics) {
+            Some(text) => Some(text.parse().with_context(|| {
+                format!(
+                    "{text:?} is no address to serve metrics on; write an IP address and a port, like 127.0.0.1:7441"
+                )
+            })?),
+            None => None,
+        };
         let log_level = self.log_level.or(filed.log_level).unwrap_or_else(|| "info".into());
         EnvFilter::try_new(&log_level)
             .with_context(|| format!("{log_level:?} is no log level; use error, warn, info, debug or trace"))?;
@@ -103,6 +116,7 @@ impl Flags {
             state_dir,
             listen,
             advertise,
+            metrics,
             log_level,
             log_json: self.log_json || filed.log_json.unwrap_or(false),
         })

@@ -4,6 +4,7 @@ pub mod bricks;
 pub mod identity;
 pub mod janitor;
 pub mod log;
+pub mod metrics;
 pub mod serve;
 pub mod store;
 pub mod tree;

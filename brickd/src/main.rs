@@ -6,6 +6,7 @@ use std::fs::File;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -14,6 +15,7 @@ use mortar_brickd::bricks::Bricks;
 use mortar_brickd::identity::Identity;
 use mortar_brickd::janitor;
 use mortar_brickd::log::Log;
+use mortar_brickd::metrics;
 use mortar_brickd::serve::Server;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
@@ -84,6 +86,9 @@ async fn run(config: &Config) -> anyhow::Result<End> {
         let server = server.clone();
         async move { server.serve(listener).await }
     });
+    if let Some(address) = config.metrics {
+        metrics::serve(address, log.clone(), Arc::clone(&bricks)).await?;
+    }
     let temporary = dir.join("address.new");
     std::fs::write(&temporary, &address)?;
     std::fs::rename(&temporary, dir.join("address"))?;

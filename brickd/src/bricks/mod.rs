@@ -156,6 +156,18 @@ impl Kept {
     }
 }
 
+/// A brick in figures.
+pub struct Figures {
+    /// Which.
+    pub id: BrickId,
+    /// The name of its volume.
+    pub volume: String,
+    /// Its directory.
+    pub path: String,
+    /// Its state by the log that it has applied, what it says in heartbeats, and its corrupt blocks; `None`: it is not open.
+    pub open: Option<(mortar_proto::BrickState, peer::BrickBeat, cluster::Corruption)>,
+}
+
 /// All bricks of this server.
 pub struct Bricks {
     log: Log,
@@ -350,6 +362,21 @@ impl Bricks {
             Err(why) => Some(peer::BrickBeat { brick: kept.id.0, failed: why.clone(), ..peer::BrickBeat::default() }),
         };
         self.all().iter().filter_map(beat).collect()
+    }
+
+    /// Each brick in figures: its volume, its directory, and, when it is open, its state and what it has counted.
+    #[must_use]
+    pub fn figures(&self) -> Vec<Figures> {
+        let row = |kept: &Arc<Kept>| Figures {
+            id: kept.id,
+            volume: self.log.with_state(|s| s.volumes.get(&kept.volume).map_or_else(String::new, |v| v.name.clone())),
+            path: kept.path.clone(),
+            open: kept.brick().map(|b| {
+                let state = b.replica.lock().state();
+                (state, b.beat(), b.corruption())
+            }),
+        };
+        self.all().iter().map(row).collect()
     }
 
     /// The leader answered a heartbeat that was sent at `sent` `[R1]`.

@@ -90,6 +90,26 @@ fn a_flipped_byte_in_data_or_sums_is_given_back_by_another_brick_and_counted() {
     let content = same_everywhere(&world, ino);
     assert!(content[..3 * BLOCK].iter().all(|b| *b == 7) && content[5 << 20..].iter().all(|b| *b == 8));
     world.wait_for_states(IN_SYNC);
+
+    let metrics = world.metrics();
+    assert!(
+        metrics.starts_with("HTTP/1.1 200 OK\r\ncontent-type: application/openmetrics-text; version=1.0.0"),
+        "{metrics}"
+    );
+    let id = world.brick(B);
+    let labels = format!("volume=\"v\",brick=\"{}\",id=\"{id}\"", world.dir.join("b1").display());
+    for row in [
+        format!("mortar_brick_corrupt_blocks_found_total{{{labels}}} 3"),
+        format!("mortar_brick_corrupt_blocks_repaired_total{{{labels}}} 3"),
+        format!("mortar_brick_corrupt_blocks{{{labels}}} 0"),
+        format!("mortar_brick_up{{{labels}}} 1"),
+        format!("mortar_brick_missed_regions{{{labels}}} 0"),
+        format!("mortar_brick_state{{{labels},state=\"in-sync\"}} 1"),
+        format!("mortar_brick_state{{{labels},state=\"out\"}} 0"),
+        "mortar_log_leader 1".to_owned(),
+    ] {
+        assert!(metrics.lines().any(|line| line == row), "{row}, in:\n{metrics}");
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A server with three bricks of one volume, over real disks and sockets, and a leader that keeps them going.
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -22,6 +22,7 @@ use prost::Message as _;
 use super::super::Bricks;
 use crate::identity::Identity;
 use crate::log::Log;
+use crate::metrics;
 
 pub(super) struct World {
     pub(super) dir: PathBuf,
@@ -132,6 +133,17 @@ impl World {
 
     pub(super) fn propose(&self, command: Command) -> Applied {
         self.runtime.block_on(self.log.propose(command, None)).unwrap()
+    }
+
+    /// What Prometheus would be told.
+    pub(super) fn metrics(&self) -> String {
+        let any = "127.0.0.1:0".parse().unwrap();
+        let address = self.runtime.block_on(metrics::serve(any, self.log.clone(), Arc::clone(&self.bricks))).unwrap();
+        let mut socket = TcpStream::connect(address).unwrap();
+        socket.write_all(b"GET /metrics HTTP/1.1\r\nhost: here\r\nconnection: close\r\n\r\n").unwrap();
+        let mut told = String::new();
+        socket.read_to_string(&mut told).unwrap();
+        told
     }
 
     pub(super) fn set(&self) -> SetId {
