@@ -111,6 +111,7 @@ rules! {
     S2Busy, "S2", "", "repair does not hold the range";
     S2Clear, "S2", "", "a region is cleared before it was pulled";
     S3, "S3", "", "checksums are not made anew after an unclean stop";
+    S3Vouched, "S3", "", "the source of a cold start does not look whether others have what its checksums are of";
     S4Reports, "S4", "S4", "a brick is promoted though others list something as missed by it";
     S4Number, "S4", "F-8", "reports of an older n count";
     S4Drained, "S4, F2", "", "reports are made while older work runs";

@@ -95,3 +95,27 @@ fn a_block_that_is_read_and_does_not_verify_is_answered_rightly_and_repaired() -
         Ok(())
     })
 }
+
+#[test]
+fn what_a_disk_changed_where_was_written_lately_is_made_good_when_all_bricks_were_killed() -> Result<()> {
+    with_mount("doubt", |world, mount| {
+        let right = image(mount)?;
+        // Whichever brick becomes the source of the cold start.
+        for brick in 1..=3 {
+            flip(world, brick, 100 * brick as u64)?;
+        }
+        let servers = ["1", "2", "3"];
+        servers.iter().try_for_each(|server| world.playground(&["kill", server]).map(drop))?;
+        servers.iter().try_for_each(|server| world.playground(&["start", server]).map(drop))?;
+        ensure!(sum(mount)? == right, "the mount answers with what is corrupt");
+        world.healed(Duration::from_secs(60))?;
+        world.bricks_are_equal()?;
+        let log = |server: &str| world.brick(1).join(format!("../../server{server}/log"));
+        let was_in_doubt = |server: &&str| {
+            let log = std::fs::read_to_string(log(server)).unwrap_or_default();
+            log.contains("1 blocks did not match their checksums after an unclean stop; other bricks had 1 of them")
+        };
+        ensure!(servers.iter().any(was_in_doubt), "no source of a cold start had anything in doubt");
+        Ok(())
+    })
+}

@@ -30,7 +30,9 @@ use super::pace::{NICENESS, Pace};
 use super::peers::Peers;
 use super::scrub::Scrubbing;
 use crate::log::Log;
-use crate::store::{self, BrickDir, BrickId3, Journal, Memory, Objects, Opened, Record, Removal, StoreError, Witness};
+use crate::store::{
+    self, BrickDir, BrickId3, Doubts, Journal, Memory, Objects, Opened, Record, Removal, StoreError, Witness,
+};
 use crate::tree::Tree;
 
 /// Threads for what may have to wait: for the log, for older requests, for the disk.
@@ -99,6 +101,8 @@ pub struct Brick {
     pub(super) journal: Journal,
     witness: Witness,
     pub(super) replica: Mutex<Replica>,
+    /// What is to be settled before it serves `[S3]`.
+    pub(super) doubts: Mutex<Doubts>,
     /// Told whenever something that waits might go on.
     pub(super) progress: Condvar,
     pub(super) chores: Sender<Arc<Chore>>,
@@ -153,12 +157,12 @@ fn slept_ms() -> u64 {
 }
 
 impl Brick {
-    /// Opens the brick; after an unclean stop makes the sums of what was being written anew first `[S3]`.
+    /// Opens the brick.
     pub(super) fn open(opening: &Opening, log: Log, state_dir: &Path) -> anyhow::Result<Arc<Self>> {
         let Opening { id, set, volume, ref volume_name, ref options, configuration, .. } = *opening;
         let cluster = log.identity().cluster;
         let ids = BrickId3 { cluster, volume, brick: id };
-        let Opened { dir, memory, journal, witness, objects, loaded } =
+        let Opened { dir, memory, journal, witness, objects, loaded, doubts } =
             store::open(Path::new(&opening.path), state_dir, ids, volume_name)?;
         let slot = configuration.slot_of(id).ok_or_else(|| anyhow::anyhow!("the brick is not in its replica set"))?;
         let recorded = Recorded { intents: loaded.intents, missed: loaded.missed };
@@ -181,6 +185,7 @@ impl Brick {
             journal,
             witness,
             replica: Mutex::new(Replica::new(id, slot, incarnation, recorded)),
+            doubts: Mutex::new(doubts),
             progress: Condvar::new(),
             chores,
             peers: Peers::default(),
@@ -257,6 +262,15 @@ impl Brick {
         let is_ours = configuration.slot_of(self.id) == Some(self.slot);
         if !is_ours || replica.configuration().is_some_and(|c| c.n >= configuration.n) {
             return;
+        }
+        if configuration.members[self.slot.index()].incarnation == self.registration.incarnation
+            && !self.doubts.lock().is_empty()
+        {
+            drop(replica);
+            if let Err(e) = self.settle_doubts(&configuration) {
+                return self.lose(&e.to_string());
+            }
+            replica = self.replica.lock();
         }
         if cold_start == Some(self.slot) && replica.state() != BrickState::InSync {
             // [E2] A source by the administrator's word may be the only one that has what it pulled and did not flush.

@@ -25,6 +25,7 @@ mod answers;
 mod brick;
 mod chores;
 mod damage;
+mod doubt;
 mod list;
 mod pace;
 mod peers;

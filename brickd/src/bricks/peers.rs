@@ -68,6 +68,14 @@ impl Brick {
     /// When it cannot be reached or does not answer in time.
     pub(super) fn ask_peer(&self, slot: Slot, ino: Ino, stamp: &Stamp, what: What) -> anyhow::Result<Told> {
         let id = Self::brick_of(&self.replica.lock(), slot).context("no configuration yet")?;
+        self.ask_brick(id, ino, stamp, &what)
+    }
+
+    /// Asks a brick.
+    ///
+    /// # Errors
+    /// See [`Self::ask_peer`].
+    pub(super) fn ask_brick(&self, id: BrickId, ino: Ino, stamp: &Stamp, what: &What) -> anyhow::Result<Told> {
         let idle = self.peers.0.lock().entry(id).or_default().pop();
         let was_idle = idle.is_some();
         let mut peer = match idle {
@@ -78,7 +86,7 @@ impl Brick {
             // An idle connection may have died meanwhile.
             Err(e) if was_idle && !is_timeout(&e) => {
                 peer = self.connect(id)?;
-                peer.ask(ino, stamp, what)?
+                peer.ask(ino, stamp, what.clone())?
             }
             answer => answer?,
         };

@@ -13,6 +13,7 @@ use mortar_proto::{
 
 use super::answers::{Answers, Permit};
 use super::brick::{Brick, Job};
+use super::doubt::AT_ONCE;
 use super::run::{self, Asked};
 use crate::store::{Objects, StoreError};
 
@@ -167,7 +168,10 @@ fn refuse(what: &What, payload: &[u8], sender: Sender) -> Option<Answer> {
     let no_piece = |start: u64, end: u64| {
         start > end || end > MAX_FILE_BYTES || ByteRange { start, end }.to_blocks().len() > MAX_IO_BYTES
     };
-    let of_bricks = matches!(what, What::Sums(_) | What::IntentList(_) | What::MissedList(_) | What::DataList(_));
+    let of_bricks = matches!(
+        what,
+        What::Sums(_) | What::IntentList(_) | What::MissedList(_) | What::DataList(_) | What::Matching(_)
+    );
     if !(of_bricks && sender == Sender::Brick
         || !of_bricks && sender != Sender::Brick
         || matches!(what, What::Read(_) | What::Report(_)))
@@ -212,6 +216,9 @@ fn refuse(what: &What, payload: &[u8], sender: Sender) -> Option<Answer> {
         What::ClearMissed(c) if no_slot(c.slot) || c.region > SIZE_REGION => invalid("no such slot or region"),
         What::RepairList(r) if no_slot(r.slot) => invalid("no such slot"),
         What::MissedList(m) if no_slot(m.slot) => invalid("no such slot"),
+        What::Matching(m) if m.blocks.len() > AT_ONCE || m.sums.len() != m.blocks.len() * 8 => {
+            invalid("a question for contents has 8 bytes of sums a block, and at most 1 MiB of blocks")
+        }
         _ => None,
     }
 }

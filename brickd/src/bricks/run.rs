@@ -14,6 +14,7 @@ use mortar_proto::{BLOCK_BYTES, ByteRange, Epoch, Ino, MAX_FILE_BYTES, REGION_BY
 use super::answers::Permit;
 use super::brick::Brick;
 use super::damage;
+use super::doubt;
 use super::list;
 use super::pull;
 use super::requests::{Answer, Sender, behind, done, failed, has_wrong_size, refused, store_failed};
@@ -41,6 +42,7 @@ pub(super) fn run(brick: &Arc<Brick>, asked: &Asked, permit: &Permit) -> Answer 
     match (&asked.what, asked.sender) {
         (What::Read(what), Sender::Session(_)) => read(brick, ino, what, false).unwrap_or_else(behind),
         (What::Report(report), _) => damage::reported(brick, ino, report),
+        (What::Matching(matching), _) => doubt::matching(brick, ino, matching),
         (What::Seek(_), _) if has_wrong_size(brick, ino) => behind(),
         (What::Seek(seek), _) => self::seek(brick, ino, seek),
         (What::IntentList(_) | What::MissedList(_) | What::DataList(_), _) => {

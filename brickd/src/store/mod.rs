@@ -24,5 +24,5 @@ pub use dir::{BrickDir, BrickId3, OpenError, volume_of_brick};
 pub use journal::{Journal, Loaded, Record, Removal};
 pub use memory::Memory;
 pub use objects::{Changed, DataStat, Noticed, Objects, StoreError, regions_of};
-pub use open::{Opened, open};
+pub use open::{Doubts, Opened, make_sums_anew, open};
 pub use witness::Witness;

@@ -1,13 +1,20 @@
-//! Opening a brick's disk: whose it is, what its journal remembers, and, after an unclean stop, checksums made anew where it was
-//! being written `[S3]`.
+//! Opening a brick's disk: whose it is, what its journal remembers, and, after an unclean stop, what does not match its checksum
+//! where it was being written `[S3]`.
 
 use std::path::Path;
 use std::sync::Arc;
 
+use mortar_proto::interval::IntervalSet;
 use mortar_proto::left_out::{Rule, left_out};
-use mortar_proto::{ByteRange, EXTENT_BYTES};
+use mortar_proto::{BLOCK_BYTES, ByteRange, EXTENT_BYTES, Ino};
 
-use super::{BrickDir, BrickId3, Journal, Loaded, Memory, Objects, OpenError, Witness};
+use super::{BrickDir, BrickId3, Journal, Loaded, Memory, Objects, OpenError, StoreError, Witness};
+
+/// Intervals of blocks in doubt that are remembered, at most (I9); the checksums of the rest are made anew at once.
+const MAX_DOUBTS: usize = 1 << 18;
+
+/// By file, blocks that have data and the checksum of something else.
+pub type Doubts = Vec<(Ino, IntervalSet)>;
 
 /// A brick's disk, open.
 pub struct Opened {
@@ -23,6 +30,40 @@ pub struct Opened {
     pub objects: Arc<Objects>,
     /// What the journal had.
     pub loaded: Loaded,
+    /// Where the checksum may tell what the disk has changed: see [`make_sums_anew`].
+    pub doubts: Doubts,
+}
+
+/// Makes checksums from data: whoever could have told what else they are of was asked, or need not be.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn make_sums_anew(objects: &Objects, doubts: &Doubts) -> Result<(), StoreError> {
+    for (ino, blocks) in doubts {
+        for run in blocks.iter() {
+            objects.recompute_sums(*ino, ByteRange { start: run.start * BLOCK_BYTES, end: run.end * BLOCK_BYTES })?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes the checksums of `range` anew, but for those that are of something else than the data that is there.
+fn make_most_sums_anew(objects: &Objects, ino: Ino, range: ByteRange, room: usize) -> Result<IntervalSet, StoreError> {
+    let (first, sums) = (range.start / BLOCK_BYTES, objects.sums(ino, range)?);
+    let has_sum = |block: u64| {
+        let sum = sums.0.chunks_exact(8).nth((block - first) as usize);
+        sum.is_some_and(|sum| sum.iter().any(|b| *b != 0)) && block * BLOCK_BYTES < sums.1
+    };
+    let unsound = objects.unsound(ino, range)?.into_iter().filter(|b| has_sum(*b));
+    let all: IntervalSet = unsound.map(|b| b..b + 1).collect();
+    let doubted: IntervalSet = all.iter().take(room).collect();
+    let mut at = range.start;
+    for run in doubted.iter() {
+        objects.recompute_sums(ino, ByteRange { start: at, end: run.start * BLOCK_BYTES })?;
+        at = run.end * BLOCK_BYTES;
+    }
+    objects.recompute_sums(ino, ByteRange { start: at, end: range.end })?;
+    Ok(doubted)
 }
 
 /// Opens it, or makes it in an empty directory. The server keeps its state in `state_dir`.
@@ -36,6 +77,7 @@ pub fn open(root: &Path, state_dir: &Path, ids: BrickId3, volume_name: &str) -> 
     witness.saw(loaded.stamp)?;
     let memory = Memory::open(&dir.own())?;
     let objects = Arc::new(Objects::new(&dir.own()));
+    let (mut doubts, mut room) = (Doubts::new(), MAX_DOUBTS);
     if !loaded.clean {
         if !loaded.intents.is_empty() {
             let extents = loaded.intents.len();
@@ -55,9 +97,12 @@ pub fn open(root: &Path, state_dir: &Path, ids: BrickId3, volume_name: &str) -> 
                 objects.write_again(*ino, range)?;
             }
             if !left_out(Rule::S3) {
-                objects.recompute_sums(*ino, range)?;
+                let doubted = make_most_sums_anew(&objects, *ino, range, room)?;
+                room -= doubted.iter().count();
+                doubts.push((*ino, doubted));
             }
         }
+        doubts.retain(|(_, blocks)| !blocks.is_empty());
     }
-    Ok(Opened { dir, memory, journal, witness, objects, loaded })
+    Ok(Opened { dir, memory, journal, witness, objects, loaded, doubts })
 }

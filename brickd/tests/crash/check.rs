@@ -34,6 +34,7 @@ pub fn brick(root: &Path, trace: &Trace, step: usize) -> Result<(), String> {
     let ids = BrickId3 { cluster: trace.names.cluster, volume: row.volume, brick: *id };
     let server = server_at(trace, step).map_err(|e| e.to_string())?;
     let opened = store::open(root, server.path(), ids, "v").map_err(|e| format!("the brick does not open: {e:#}"))?;
+    store::make_sums_anew(&opened.objects, &opened.doubts).map_err(|e| e.to_string())?;
     let clean = opened.loaded.clean;
     if clean && !trace.stops.iter().any(|s| s.begun <= step && step <= s.over) {
         return Err("the stop is called clean, and was not".into());

@@ -28,6 +28,13 @@ fn open(root: &Path) -> anyhow::Result<Opened> {
 
 /// Opens a brick whose journal may still be on its way to its end, in a thread of its own.
 fn open_again(root: &Path) -> Opened {
+    let opened = open_in_doubt(root);
+    store::make_sums_anew(&opened.objects, &opened.doubts).unwrap();
+    opened
+}
+
+/// As [`open_again`], before it is settled what does not match its checksum.
+fn open_in_doubt(root: &Path) -> Opened {
     wait_for("the brick to open", || open(root).ok())
 }
 
@@ -84,6 +91,24 @@ fn torn_checksums_are_made_anew_where_an_intent_is_and_told_of_where_none_is() {
         let told = !unsound(EXTENT_BYTES).is_empty() || !opened.objects.cut_off(INO).unwrap().is_empty();
         assert!(told, "checksums {what}: no intent is there, and nobody is told");
     }
+}
+
+#[test]
+fn data_that_is_not_what_its_checksum_is_of_stays_in_doubt_where_an_intent_is_until_that_is_settled() {
+    let dir = tempfile::tempdir().unwrap();
+    brick(dir.path());
+    let [data, sums] = &object(dir.path(), INO);
+    for block in [2, 3, 7, EXTENT_BYTES / BLOCK_BYTES] {
+        edit(data).write_all_at(b"changed", block * BLOCK_BYTES + 100).unwrap();
+    }
+    edit(sums).write_all_at(&[0; 8], 5 * 8).unwrap();
+    let opened = open_in_doubt(dir.path());
+    let doubted: Vec<_> = opened.doubts.iter().map(|(ino, blocks)| (*ino, blocks.iter().collect::<Vec<_>>())).collect();
+    assert_eq!(doubted, [(INO, vec![2..4, 7..8])]);
+    let unsound = || opened.objects.unsound(INO, ByteRange::at(0, 2 * EXTENT_BYTES)).unwrap();
+    assert_eq!(unsound(), [2, 3, 7, EXTENT_BYTES / BLOCK_BYTES], "the checksums are still there");
+    store::make_sums_anew(&opened.objects, &opened.doubts).unwrap();
+    assert_eq!(unsound(), [EXTENT_BYTES / BLOCK_BYTES]);
 }
 
 #[cfg(feature = "leave-out")]
