@@ -26,7 +26,6 @@ const DICE: u64 = 20;
 const UNSEEN: &[(Rule, &str)] = &[
     (Rule::E1Agreed, "a search shows it, see `exhaustive_bites`"),
     (Rule::F2Durable, "the entry of a brick's own registration [E5] lies behind every fence that it has answered"),
-    (Rule::S3, "a test of the real store shows it, among those of power cuts"),
     (Rule::S4Drained, "what still runs was never answered, and is asked for again under the newer configuration"),
 ];
 

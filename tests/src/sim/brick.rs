@@ -119,6 +119,8 @@ pub struct Brick {
     pub incarnation: Incarnation,
     /// Its disk.
     pub disk: Disk,
+    /// Its last stop was unclean, and it has not settled yet what does not match its checksums `[S3]`.
+    pub has_doubts: bool,
     /// Its disk was exchanged: there is no brick in its directory.
     pub disk_is_new: bool,
     /// Its disk was exchanged for an older copy, and it has not started since.
@@ -183,6 +185,7 @@ impl Brick {
             boot,
             incarnation,
             disk: Disk::new(geometry),
+            has_doubts: false,
             disk_is_new: false,
             disk_is_old: false,
             seen: 0,
@@ -288,7 +291,7 @@ impl World {
         if brick.read_only {
             // Mounted anew: what was not flushed is gone.
             brick.boot = boot;
-            brick.disk.lose_power(&mut self.rng);
+            self.lose_what_is_cached(s);
         } else if std::mem::take(&mut brick.has_lost) {
             brick.disk.evict(&mut self.rng);
             if !left_out(Rule::W8Again) {
@@ -297,6 +300,7 @@ impl World {
         }
         self.lost_unflushed(s);
         let brick = &mut self.bricks[s];
+        brick.has_doubts = !brick.disk.clean;
         brick.registration = Registration { incarnation, boot: brick.boot, clean: brick.disk.clean };
         brick.disk.record_clean(false);
         // The record of the clean stop goes with that, so something was changed.
@@ -330,14 +334,22 @@ impl World {
         self.after(1, Happening::BrickTick(s, generation));
     }
 
+    /// The page cache of a brick's server is gone.
+    fn lose_what_is_cached(&mut self, s: usize) {
+        for torn in self.bricks[s].disk.lose_power(&mut self.rng, &mut self.tears) {
+            self.count("torn block");
+            self.history.torn(torn, false);
+        }
+    }
+
     /// The process ends, one way or another.
     pub(super) fn stop_brick(&mut self, s: usize, power: bool, down_ms: u64) {
         if power {
             let boot = BootId(u128::from(self.number()));
+            self.lose_what_is_cached(s);
             let (brick, rng) = (&mut self.bricks[s], &mut self.rng);
             brick.boot = boot;
             brick.has_lost = false;
-            brick.disk.lose_power(rng);
             if left_out(Rule::F2Durable) {
                 brick.applied = rng.between(brick.applied.saturating_sub(8) as u64, brick.applied as u64) as usize;
             }
@@ -461,6 +473,9 @@ impl World {
             let disk = &mut self.bricks[s].disk;
             let upto = disk.written();
             disk.files().into_iter().for_each(|ino| disk.flushed(ino, upto));
+        }
+        if configuration.members[s].incarnation == self.bricks[s].incarnation {
+            self.settle_doubts(s, false);
         }
         self.administrator.made_source.take_if(|(source, n)| *source == s && *n <= configuration.n);
         for (x, ino, regions) in self.replica(s).configured(configuration, cold_start) {

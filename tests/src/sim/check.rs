@@ -47,7 +47,7 @@ impl World {
                 if member.state == BrickState::InSync && !brick.has_no_disk() && member.brick == brick.id && is_ready {
                     let needs = self.history.flushed_needs(*ino);
                     for (b, need) in needs.iter().enumerate() {
-                        if let Err(why) = self.history.check(*ino, b, brick.disk.durable(*ino, b), *need) {
+                        if let Err(why) = self.history.check_durable(*ino, b, brick.disk.durable(*ino, b), *need) {
                             self.fail(|| format!("I7: b{s} has not made durable what was flushed: {why}"));
                             return;
                         }
@@ -65,6 +65,9 @@ impl World {
         cold: Option<Slot>,
     ) {
         self.count("configuration");
+        let is_live = |source: &usize| new.members[*source].incarnation == self.bricks[*source].incarnation;
+        let source = cold.map(Slot::index).filter(is_live);
+        let was_torn = source.is_some_and(|source| self.settle_doubts(source, true));
         self.administered(command, old, new);
         if new.in_sync().is_empty() {
             self.fail(|| format!("I8: no brick is InSync under {new:?}"));
@@ -106,6 +109,9 @@ impl World {
                     self.fail(|| format!("E6: b{i} is the source, but b{} kept its boot id", better.0));
                 }
                 self.count("cold start with loss");
+            }
+            // The power cut may have been before the last cold start, whose source had started again by then.
+            if !kept(&source) || was_torn {
                 let disk = self.bricks[i].disk.clone();
                 self.history.cold_start(new.n, &disk);
                 self.forgive_reads();

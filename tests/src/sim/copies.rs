@@ -60,7 +60,9 @@ impl World {
         let brick = &self.bricks[s];
         if !brick.has_no_disk() {
             let mut copy = brick.disk.clone();
-            copy.lose_power(&mut self.copies.dice);
+            for torn in copy.lose_power(&mut self.copies.dice, &mut self.tears) {
+                self.history.torn(torn, false);
+            }
             self.copies.kept[s] = Some((brick.id, copy));
         }
     }

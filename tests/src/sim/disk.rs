@@ -1,7 +1,9 @@
-//! A brick's disk: a page cache above what is durable. A killed process keeps the cache; a power cut keeps, of each block on
-//! its own, anything between what was durable and what was written last, for file systems order nothing until fsync.
+//! A brick's disk: a page cache above what is durable. A killed process keeps the cache; a power cut keeps, of each block and of
+//! each block's checksum on its own, anything between what was durable and what was written last, for file systems order nothing
+//! until fsync; of a block also sectors of several.
 //!
-//! A block's content is the number of the operation that wrote it; 0 is a hole.
+//! A block's content is the number of the operation that wrote it; 0 is a hole. Where data and checksum do not agree, the content
+//! that the checksum is of counts, and the block is rotten.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,6 +15,9 @@ use super::rng::Rng;
 
 /// Blocks of a file that are looked at.
 pub const BLOCKS: usize = 4;
+/// How often a power cut leaves a checksum of its own choice, and data that is a mixture, where it can.
+const SUM_APART_PERMILLE: u64 = 300;
+const TORN_PERMILLE: u64 = 300;
 
 /// Where the blocks lie: the middle of them is a boundary of regions, or of intent extents.
 #[derive(Clone, Copy, Debug)]
@@ -38,27 +43,45 @@ impl Geometry {
     }
 }
 
+/// Something as it was written, and when. The checksum lies in another file than the data and has a fate of its own.
+#[derive(Clone, Copy, Debug, Default)]
+struct Version {
+    at: u64,
+    /// What the checksum is of.
+    value: u64,
+    /// What there is.
+    data: u64,
+    /// The disk has changed the data by itself.
+    is_spoiled: bool,
+}
+
 /// One thing that is written as a whole, with everything it may be after a power cut, oldest first. The kernel forgets that
 /// something is to be written once it could not write it: then no later flush makes it durable.
 #[derive(Clone, Debug, Default)]
-struct Cell(Vec<(u64, u64)>, bool);
+struct Cell(Vec<Version>, bool);
 
 impl Cell {
+    fn last(&self) -> Version {
+        self.0.last().copied().unwrap_or_default()
+    }
     fn value(&self) -> u64 {
-        self.0.last().map_or(0, |w| w.1)
+        self.last().value
+    }
+    fn is_rotten(&self) -> bool {
+        self.last().value != self.last().data
     }
     fn durable(&self) -> u64 {
-        self.0.first().map_or(0, |w| w.1)
+        self.0.first().map_or(0, |w| w.value)
     }
     fn write(&mut self, at: u64, value: u64) {
         if self.0.is_empty() {
-            self.0.push((0, 0));
+            self.0.push(Version::default());
         }
-        self.0.push((at, value));
+        self.0.push(Version { at, value, data: value, is_spoiled: false });
         self.1 = false;
     }
     fn flushed(&mut self, upto: u64) {
-        while !self.1 && self.0.len() > 1 && self.0[1].0 <= upto {
+        while !self.1 && self.0.len() > 1 && self.0[1].at <= upto {
             self.0.remove(0);
         }
     }
@@ -69,13 +92,44 @@ impl Cell {
             self.1 = false;
         }
     }
-    fn lose_power(&mut self, rng: &mut Rng) {
-        if self.0.len() > 1 {
-            let kept = self.0[rng.index(self.0.len())];
-            self.0 = vec![kept];
-        }
+    /// Returns what it may have been as well.
+    fn lose_power(&mut self, rng: &mut Rng) -> Vec<Version> {
         self.1 = false;
+        if self.0.len() < 2 {
+            return Vec::new();
+        }
+        let kept = self.0[rng.index(self.0.len())];
+        std::mem::replace(&mut self.0, vec![kept])
     }
+    /// Of what a block may have been, its checksum and its data are left as they please; the data may be sectors of several.
+    fn tear(&mut self, were: &[Version], tears: &mut Rng) -> Option<Torn> {
+        let left = self.0.last_mut().filter(|_| !were.is_empty())?;
+        if tears.chance(SUM_APART_PERMILLE) {
+            left.value = were[tears.index(were.len())].value;
+        }
+        let mixed: Vec<&Version> = were.iter().filter(|_| tears.chance(700)).collect();
+        let parts: BTreeSet<u64> = mixed.iter().map(|w| w.data).collect();
+        if parts.len() < 2 || !tears.chance(TORN_PERMILLE) {
+            return None;
+        }
+        left.is_spoiled = mixed.iter().any(|w| w.is_spoiled);
+        left.data = nobodys(tears);
+        Some(Torn { value: left.data, parts: parts.into_iter().collect() })
+    }
+}
+
+/// A block that is a mixture of sectors, and of which contents: no operation wrote it.
+#[derive(Clone, Debug)]
+pub struct Torn {
+    /// What it reads as.
+    pub value: u64,
+    /// What is mixed in it.
+    pub parts: Vec<u64>,
+}
+
+/// A content that no operation wrote, and that is nowhere else.
+pub fn nobodys(dice: &mut Rng) -> u64 {
+    dice.draw() | 1 << 63
 }
 
 /// A file's data.
@@ -94,6 +148,8 @@ pub struct Content {
     pub size: u64,
     /// Blocks that do not match their checksums.
     pub rotten: [bool; BLOCKS],
+    /// What there is, whatever the checksums say.
+    pub data: [u64; BLOCKS],
 }
 
 /// The disk.
@@ -106,9 +162,7 @@ pub struct Disk {
     stamp: u64,
     changes: u64,
     stamped: u64,
-    /// Blocks that the disk has changed by itself since they were written.
-    rotten: BTreeSet<(Ino, usize)>,
-    /// When such a block was written again.
+    /// When a block that did not match its checksum was made to match one again.
     healed: BTreeMap<(Ino, usize), u64>,
     /// The simulated time.
     pub now_ms: u64,
@@ -134,7 +188,6 @@ impl Disk {
             stamp: 0,
             changes: 0,
             stamped: 0,
-            rotten: BTreeSet::new(),
             healed: BTreeMap::new(),
             now_ms: 0,
             intents: BTreeSet::new(),
@@ -166,16 +219,30 @@ impl Disk {
             blocks: core::array::from_fn(|b| self.block(ino, b)),
             size: self.size(ino),
             rotten: core::array::from_fn(|b| self.is_rotten(ino, b)),
+            data: core::array::from_fn(|b| self.data_of(ino, b)),
         }
     }
-    /// The disk changes a block by itself.
-    pub fn set_rotten(&mut self, ino: Ino, block: usize) {
-        self.rotten.insert((ino, block));
+    /// The data of a block, whatever its checksum says.
+    #[must_use]
+    pub fn data_of(&self, ino: Ino, block: usize) -> u64 {
+        self.files.get(&ino).map_or(0, |f| f.blocks[block].last().data)
+    }
+    /// The disk changes the data of a block by itself.
+    pub fn set_data(&mut self, ino: Ino, block: usize, data: u64) {
+        if let Some(last) = self.files.get_mut(&ino).and_then(|f| f.blocks[block].0.last_mut()) {
+            last.data = data;
+            last.is_spoiled = true;
+        }
+    }
+    /// The disk has changed the data of a block since it was written.
+    #[must_use]
+    pub fn is_spoiled(&self, ino: Ino, block: usize) -> bool {
+        self.files.get(&ino).is_some_and(|f| f.blocks[block].last().is_spoiled)
     }
     /// A block does not match its checksum.
     #[must_use]
     pub fn is_rotten(&self, ino: Ino, block: usize) -> bool {
-        self.rotten.contains(&(ino, block))
+        self.files.get(&ino).is_some_and(|f| f.blocks[block].is_rotten())
     }
     /// A block matched its checksum all the time since then.
     #[must_use]
@@ -185,17 +252,31 @@ impl Disk {
     /// Some block does not.
     #[must_use]
     pub fn has_rot(&self) -> bool {
-        !self.rotten.is_empty()
+        self.files.values().any(|f| f.blocks.iter().any(Cell::is_rotten))
     }
-    fn set_block(&mut self, ino: Ino, block: usize, value: u64) {
-        if self.rotten.remove(&(ino, block)) {
+    /// Blocks that do not match their checksums, in extents with intent.
+    #[must_use]
+    pub fn doubted(&self) -> Vec<(Ino, usize)> {
+        let extent = |block: usize| self.geometry.offset(block) / EXTENT_BYTES;
+        let all = self.files.keys().flat_map(|ino| (0..BLOCKS).map(|b| (*ino, b)));
+        all.filter(|(ino, b)| self.is_rotten(*ino, *b) && self.has_intent(*ino, extent(*b))).collect()
+    }
+    /// The checksum of a block is made from its data `[S3]`.
+    pub fn make_sum_anew(&mut self, ino: Ino, block: usize) {
+        if let Some(file) = self.files.get_mut(&ino) {
+            file.blocks[block].0.iter_mut().for_each(|w| w.value = w.data);
             self.healed.insert((ino, block), self.now_ms);
         }
+    }
+    fn set_block(&mut self, ino: Ino, block: usize, value: u64) {
         self.writes += 1;
         self.changes += 1;
         let at = self.writes;
         let cell = &mut self.files.entry(ino).or_default().blocks[block];
-        if cell.value() != value {
+        if cell.is_rotten() {
+            self.healed.insert((ino, block), self.now_ms);
+        }
+        if cell.value() != value || cell.is_rotten() {
             cell.write(at, value);
         }
     }
@@ -247,7 +328,10 @@ impl Disk {
     /// The kernel has forgotten some of what it could not write: it was clean, and memory was short.
     pub fn evict(&mut self, rng: &mut Rng) {
         for file in self.files.values_mut() {
-            file.blocks.iter_mut().filter(|c| c.1).for_each(|c| c.evict(rng));
+            let size = file.size.value();
+            // What was cut off has no pages.
+            let has_pages = |block: usize| self.geometry.offset(block) < size;
+            file.blocks.iter_mut().enumerate().filter(|(b, c)| c.1 && has_pages(*b)).for_each(|(_, c)| c.evict(rng));
         }
     }
     /// A brick starts whose disk has refused something, and writes again what it can read `[W8]`.
@@ -271,15 +355,22 @@ impl Disk {
         };
         self.files().into_iter().map(|ino| (ino, extents(ino))).collect()
     }
-    /// The power fails.
-    pub fn lose_power(&mut self, rng: &mut Rng) {
+    /// The power fails. What is torn has dice of its own. Returns blocks that are mixtures now.
+    pub fn lose_power(&mut self, rng: &mut Rng, tears: &mut Rng) -> Vec<Torn> {
+        let mut torn = Vec::new();
         for file in self.files.values_mut() {
-            file.blocks.iter_mut().for_each(|c| c.lose_power(rng));
+            for cell in &mut file.blocks {
+                let were = cell.lose_power(rng);
+                torn.extend(cell.tear(&were, tears));
+            }
             file.size.lose_power(rng);
             let size = file.size.value();
             for block in 0..BLOCKS {
-                if self.geometry.offset(block) >= size && file.blocks[block].value() != 0 {
-                    file.blocks[block] = Cell::default();
+                // Past its end there is no data, whatever its checksums say.
+                if self.geometry.offset(block) >= size
+                    && let Some(last) = file.blocks[block].0.last_mut()
+                {
+                    last.data = 0;
                 }
             }
         }
@@ -293,6 +384,7 @@ impl Disk {
                 self.missed.entry((x, ino)).or_default().insert(regions);
             }
         }
+        torn
     }
     /// The stamp.
     #[must_use]

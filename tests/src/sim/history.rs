@@ -9,7 +9,7 @@ use mortar_proto::config::{Slot, Slots};
 use mortar_proto::coordinator::OpId;
 use mortar_proto::types::{ConfigNo, Epoch, Ino, Seq};
 
-use super::disk::{BLOCKS, Content, Disk, Geometry};
+use super::disk::{BLOCKS, Content, Disk, Geometry, Torn};
 
 /// The place of a mutation in its file's order.
 pub type Key = (Epoch, Seq);
@@ -73,6 +73,8 @@ pub struct History {
     owed: BTreeMap<(u64, Ino), ConfigNo>,
     /// The newest that each brick has shown of each block while it was `InSync`: which operation, and its place.
     seen: BTreeMap<(Slot, Ino, usize), (OpId, Key)>,
+    /// What is mixed in torn blocks, and whether a cold start has left it so for good.
+    torn: BTreeMap<u64, (Vec<u64>, bool)>,
 }
 
 /// What a file's size must be at least, as far as was acknowledged.
@@ -97,7 +99,12 @@ impl History {
             lossy: false,
             owed: BTreeMap::new(),
             seen: BTreeMap::new(),
+            torn: BTreeMap::new(),
         }
+    }
+    /// A power cut has left a mixture of sectors; `is_left` if it is the content from now on, as a cold start found it.
+    pub fn torn(&mut self, torn: Torn, is_left: bool) {
+        self.torn.insert(torn.value, (torn.parts, is_left));
     }
     fn covers(&self, kind: Kind, block: usize) -> bool {
         match kind {
@@ -222,6 +229,13 @@ impl History {
     }
     fn lose(&mut self, n: ConfigNo, source: &Disk, flushed_too: bool) {
         self.lossy = true;
+        // What the source has is the content from now on, torn or not: nobody has more.
+        let left = source.files().into_iter().flat_map(|ino| source.content(ino).blocks);
+        for value in left.collect::<Vec<u64>>() {
+            if let Some(torn) = self.torn.get_mut(&value) {
+                torn.1 = true;
+            }
+        }
         let mut lost = Vec::new();
         for (op, o) in &self.ops {
             let Some(key) = o.key else { continue };
@@ -296,6 +310,19 @@ impl History {
     /// # Errors
     /// A sentence that says what is wrong with it.
     pub fn check(&self, ino: Ino, block: usize, value: u64, need: Need) -> Result<(), String> {
+        if self.torn.get(&value).is_some_and(|(_, is_left)| !is_left) {
+            return Err(format!("block {block} of {ino:?} is torn, and no cold start has left it so"));
+        }
+        self.check_durable(ino, block, value, need)
+    }
+    /// As [`History::check`], of what is on a disk: it may be torn, where each part of it is new enough.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong with it.
+    pub fn check_durable(&self, ino: Ino, block: usize, value: u64, need: Need) -> Result<(), String> {
+        if let Some((parts, _)) = self.torn.get(&value) {
+            return parts.iter().try_for_each(|part| self.check_durable(ino, block, *part, need));
+        }
         if value == 0 {
             let holes = self.ops.values().filter(|o| o.ino == ino && matches!(o.kind, Kind::Truncate { .. }));
             let newest = holes.filter(|o| self.covers(o.kind, block)).filter_map(|o| o.key).max().unwrap_or_default();

@@ -3,8 +3,11 @@
 //!
 //! A block is struck only on an `InSync` brick, and while another one holds it durably and all are sound: whatever happens then,
 //! one brick has it, unless that is written over by a client that dies and the brick restarts too. So a read fails by it only while
-//! the bricks that have it are not in sync, and at rest nothing corrupt may be left but what was lost in that way. Disks go on with it after all other faults have stopped. What an unclean stop does to a corrupt block in an extent with
-//! intent (its checksum is made anew `[S3]`) is not played here.
+//! the bricks that have it are not in sync, and at rest nothing corrupt may be left but what was lost in that way. Disks go on with
+//! it after all other faults have stopped.
+//!
+//! An unclean stop takes a corrupt block in an extent with intent for a torn one `[S3]`: it has to be repaired like one, and where the
+//! brick is the source of a cold start and nobody that it reaches has the block, it stays what it is.
 
 use mortar_proto::coordinator::{Answer, Body};
 use mortar_proto::interval::IntervalSet;
@@ -14,12 +17,10 @@ use mortar_proto::{BrickState, Slot};
 
 use super::acts::Act;
 use super::brick::{Job, Peer, Step};
-use super::disk::{BLOCKS, Content};
+use super::disk::{BLOCKS, Content, Torn, nobodys};
 use super::rng::Rng;
-use super::world::{Happening, TIMEOUTS, World, slot};
+use super::world::{Happening, Node, TIMEOUTS, World, slot};
 
-/// What a changed block reads as: no operation wrote it.
-const NONSENSE: u64 = u64::MAX;
 /// How many of a thousand runs have it.
 const RUNS_PERMILLE: u64 = 300;
 /// How often a brick looks for it by itself, in thousandths of its turns.
@@ -70,9 +71,58 @@ impl World {
     pub(super) fn flip(&mut self, s: usize, ino: Ino, block: usize) {
         if self.can_spare(s, ino, block) {
             self.count("flipped");
-            self.bricks[s].disk.set_rotten(ino, block);
-            self.history.forget_seen(slot(s), Some((ino, block)));
+            let data = nobodys(&mut self.tears);
+            self.strike(s, ino, block, data);
         }
+    }
+
+    /// The data of a block is something else now.
+    fn strike(&mut self, s: usize, ino: Ino, block: usize, data: u64) {
+        self.bricks[s].disk.set_data(ino, block, data);
+        self.struck.insert((ino, block));
+        self.history.forget_seen(slot(s), Some((ino, block)));
+    }
+
+    /// [S3] A brick is about to serve, or to be repaired, after an unclean stop. The source of a cold start looks first whether
+    /// another brick has what its checksums are of.
+    /// True: a power cut had torn something, which is taken as it is.
+    pub(super) fn settle_doubts(&mut self, s: usize, is_source: bool) -> bool {
+        if !std::mem::take(&mut self.bricks[s].has_doubts) || left_out(Rule::S3) {
+            return false;
+        }
+        let mut was_torn = false;
+        for (ino, block) in self.bricks[s].disk.doubted() {
+            let value = self.bricks[s].disk.block(ino, block);
+            let is_within = self.geometry.offset(block) < self.bricks[s].disk.size(ino) && value != 0;
+            let has_it = |o: &usize| self.is_reachable(s, *o) && self.bricks[*o].disk.data_of(ino, block) == value;
+            let is_vouched = is_within && (0..3).filter(|o| *o != s).any(|o| has_it(&o));
+            let asks = is_source && !left_out(Rule::S3Vouched);
+            let disk = &mut self.bricks[s].disk;
+            if asks && is_vouched {
+                disk.write(ino, block, value);
+                self.count("another brick had what a checksum was of");
+                continue;
+            }
+            if disk.is_spoiled(ino, block) && asks == is_source {
+                // Nobody who is left can tell it from what a power cut has torn, so this is its content from now on.
+                let torn = Torn { value: nobodys(&mut self.tears), parts: vec![value] };
+                disk.set_data(ino, block, torn.value);
+                self.history.torn(torn, is_source);
+                self.count("what a disk had changed was taken for torn");
+            } else {
+                was_torn = true;
+            }
+            self.bricks[s].disk.make_sum_anew(ino, block);
+            self.event(|| format!("b{s} makes the checksum of block {block} of {ino} anew"));
+        }
+        was_torn
+    }
+
+    /// One brick can ask another one something now.
+    fn is_reachable(&self, s: usize, other: usize) -> bool {
+        let (from, to, brick) = (Node::Brick(s), Node::Brick(other), &self.bricks[other]);
+        let is_cut = self.cut_until(from, to).or(self.cut_until(to, from)).is_some();
+        brick.is_up() && brick.paused_until <= self.now && brick.hung_until <= self.now && !is_cut
     }
 
     /// A read failed because something of it is corrupt: on every `InSync` brick, as far as this client can know.
@@ -80,6 +130,11 @@ impl World {
         self.count("read of what is corrupt everywhere");
         let configuration = self.configuration();
         let is_current = self.clients[c].configuration.is_some_and(|known| known.n == configuration.n);
+        if !blocks.clone().any(|b| self.struck.contains(&(ino, b))) {
+            self.fail(|| {
+                format!("S3: a read of c{c} fails, but no disk has changed any of blocks {blocks:?} by itself")
+            });
+        }
         let is_sound = |s: Slot, b| self.bricks[s.index()].disk.is_sound_since(ino, b, since_ms);
         let is_lost = |b| !configuration.in_sync().iter().any(|s| is_sound(s, b));
         if is_current && !blocks.clone().any(is_lost) {
@@ -108,7 +163,7 @@ impl World {
         }
         self.count("read of a corrupt block");
         if left_out(Rule::R5Read) {
-            corrupt.into_iter().for_each(|b| content.blocks[b] = NONSENSE);
+            corrupt.into_iter().for_each(|b| content.blocks[b] = self.bricks[s].disk.data_of(ino, b));
             return None;
         }
         let number = |b: &usize| self.geometry.offset(*b) / BLOCK_BYTES;
@@ -157,7 +212,7 @@ impl World {
                 continue;
             }
             if content.rotten[block] && left_out(Rule::R5Source) {
-                disk.write(ino, block, NONSENSE);
+                disk.write(ino, block, content.data[block]);
             } else if content.rotten[block] {
                 lost.push(block);
             } else {
@@ -188,8 +243,10 @@ impl World {
                 if !in_sync.has(slot(s)) {
                     for block in lost {
                         self.note_lost(ino, block);
-                        self.bricks[s].disk.write(ino, block, content.blocks[block]);
-                        self.bricks[s].disk.set_rotten(ino, block);
+                        let disk = &mut self.bricks[s].disk;
+                        let data = disk.data_of(ino, block);
+                        disk.write(ino, block, content.blocks[block]);
+                        disk.set_data(ino, block, data);
                     }
                 }
                 true
@@ -201,7 +258,8 @@ impl World {
     /// the copy that was sound had been written over by somebody who died, and its brick had restarted.
     fn note_lost(&mut self, ino: Ino, block: usize) {
         let in_sync = self.configuration().in_sync();
-        if in_sync.iter().all(|s| self.bricks[s.index()].disk.is_rotten(ino, block)) {
+        let is_struck = self.struck.contains(&(ino, block));
+        if is_struck && in_sync.iter().all(|s| self.bricks[s.index()].disk.is_rotten(ino, block)) {
             self.count("corrupt everywhere");
             self.lost.insert((ino, block));
         }

@@ -183,6 +183,10 @@ pub struct World {
     pub copies: Copies,
     /// The dice of what disks change.
     pub rot: Rng,
+    /// The dice of what a power cut tears.
+    pub tears: Rng,
+    /// Blocks that some disk has changed by itself, at some time.
+    pub struck: BTreeSet<(Ino, usize)>,
     /// The acts come from a script.
     pub scripted: bool,
     /// What was done so far.
@@ -287,6 +291,8 @@ impl World {
             administrator: Administrator::new(seed),
             copies: Copies::new(seed),
             rot: super::rot::dice(seed),
+            tears: Rng::new(seed.rotate_left(11) ^ 0x07ea_25ed),
+            struck: BTreeSet::new(),
             scripted: play.script.is_some(),
             done: Script::new(),
         };
