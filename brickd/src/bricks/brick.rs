@@ -280,6 +280,7 @@ impl Brick {
             }
             replica = self.replica.lock();
         }
+        self.peers.forget();
         let before = replica.state();
         let entered = replica.configured(configuration, cold_start);
         let brick_in = |slot: Slot| configuration.members.get(slot.index()).map(|m| m.brick);

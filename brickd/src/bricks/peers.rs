@@ -37,6 +37,13 @@ struct Peer {
 #[derive(Default)]
 pub(super) struct Peers(Mutex<HashMap<BrickId, Vec<Peer>>>);
 
+impl Peers {
+    /// The configuration has changed: whoever was cut off comes back in this way, and connections from before may be dead.
+    pub(super) fn forget(&self) {
+        self.0.lock().clear();
+    }
+}
+
 pub(super) type Told = (Option<Outcome>, Vec<u8>);
 
 impl Peer {

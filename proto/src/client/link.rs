@@ -20,8 +20,11 @@ use crate::frame::{self, FrameReader, Receiver};
 use crate::types::{BrickId, ClusterId, SessionId};
 use crate::wire::{data, id_bytes};
 
-/// How long a connection may take to be made, and its hello to be answered.
-const CONNECT_TIMEOUT: Duration = Duration::from_millis(1000);
+/// How long a connection may take to be made: not long, for the kernel asks again later and later, and a brick that was cut off and is
+/// back would wait for that.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long its hello may take to be answered.
+const HELLO_TIMEOUT: Duration = Duration::from_millis(1000);
 /// The waits between attempts, first and longest.
 const RETRY: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
 /// `MSG_DONTWAIT | MSG_NOSIGNAL` of Linux.
@@ -95,7 +98,8 @@ impl Link {
         self.wake.notify_all();
     }
 
-    fn hang_up(&self) {
+    /// Ends the connection, if there is one, and makes another.
+    pub(super) fn hang_up(&self) {
         if let Some(socket) = &self.out.lock().socket {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
@@ -220,7 +224,7 @@ fn connect(target: &Target) -> anyhow::Result<Connected> {
 /// Connects to a brick and says hello.
 ///
 /// # Errors
-/// When it cannot be reached in a second, or refuses.
+/// When it cannot be reached, does not answer in a second, or refuses.
 pub fn open(address: &str, hello: &data::Hello) -> anyhow::Result<Connected> {
     let mut last = anyhow::anyhow!("{address} has no address");
     for at in address.to_socket_addrs()? {
@@ -238,7 +242,7 @@ fn open_at(address: SocketAddr, hello: &data::Hello) -> anyhow::Result<Connected
     let keepalive =
         TcpKeepalive::new().with_time(Duration::from_secs(2)).with_interval(Duration::from_secs(1)).with_retries(3);
     SockRef::from(&socket).set_tcp_keepalive(&keepalive)?;
-    socket.set_read_timeout(Some(CONNECT_TIMEOUT))?;
+    socket.set_read_timeout(Some(HELLO_TIMEOUT))?;
     let socket = Arc::new(socket);
     (&*socket).write_all(&frame::encode(hello, 0))?;
     let mut reader = FrameReader::new(Receiver(Arc::clone(&socket)));

@@ -16,7 +16,7 @@ use super::file::{Caller, File, LeaseJob, Outgoing, Pending, Todo};
 use super::link::{Link, LinkEvents, Target};
 use super::messages;
 use super::session::Session;
-use crate::config::{Configuration, Slot, Slots};
+use crate::config::{BrickState, Configuration, Slot, Slots};
 use crate::coordinator::{Answer, Body, Coordinator, Event, Mutation, Operation, RequestId, Timeouts};
 use crate::frame;
 use crate::metadata::{self, NameOp, Outcome, Query};
@@ -775,13 +775,17 @@ impl Volume {
                 for slot in Slot::ALL {
                     set.links[slot.index()].retarget(target(slot)?);
                 }
-                {
+                let went_out = {
                     let mut now = set.configuration.write();
                     if configuration.n <= now.n {
                         return Ok(());
                     }
-                    *now = configuration;
-                }
+                    let before = std::mem::replace(&mut *now, configuration);
+                    configuration.out().iter().filter(move |slot| before.state(*slot) != BrickState::Out)
+                };
+                // One that was cut off is written to as soon as it is back, and what its old connection has to send again may take
+                // the kernel seconds more.
+                went_out.for_each(|slot| set.links[slot.index()].hang_up());
                 tracing::info!(set = %id, n = configuration.n.0, in_sync = ?configuration.in_sync(), syncing = ?configuration.syncing(), out = ?configuration.out(), "configuration");
                 self.tell_set(id, &Event::Configured(configuration));
             }
