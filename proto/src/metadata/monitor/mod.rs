@@ -345,7 +345,7 @@ impl Monitor {
             }
             // A Syncing brick serves no reads, so nothing has to run out.
             let serves_none = agreed || silent || !in_sync || left_out(Rule::E1Lapsed);
-            let is_gone = silent && !agreed;
+            let is_gone = silent && !(agreed && in_sync);
             if serves_none && self.may_put_out(state, configuration, slot, is_gone, now_ms) {
                 let past = self.past.entry(brick).or_default();
                 if past.out_since_ms.is_none() && past.failed_ms + 1000 < now_ms {
