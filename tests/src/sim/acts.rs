@@ -18,6 +18,15 @@ pub enum Ask {
         /// How many.
         count: usize,
     },
+    /// Make holes of these blocks, or zeroes.
+    Zero {
+        /// The first.
+        first: usize,
+        /// How many.
+        count: usize,
+        /// Grow the file to their end.
+        grows: bool,
+    },
     /// Cut or grow the file to so many blocks.
     Truncate {
         /// How many.
@@ -104,6 +113,10 @@ pub enum Act {
     Compare,
     /// A brick's disk changes a block by itself.
     Flip(usize, Ino, usize),
+    /// A brick's disk has not written a block, though it said so.
+    LoseWrite(usize, Ino, usize),
+    /// A brick's disk has written a block in the place of another one.
+    Misdirect(usize, (Ino, usize), (Ino, usize)),
 }
 
 impl fmt::Display for Act {
@@ -112,6 +125,10 @@ impl fmt::Display for Act {
             Self::Ask(c, ino, Ask::Write { first, count: 1 }) => write!(f, "c{c} writes block {first} of {ino}"),
             Self::Ask(c, ino, Ask::Write { first, count }) => {
                 write!(f, "c{c} writes blocks {first} to {} of {ino}", first + count - 1)
+            }
+            Self::Ask(c, ino, Ask::Zero { first, count, grows }) => {
+                let how = if grows { "zeroes" } else { "punches" };
+                write!(f, "c{c} {how} blocks {first} to {} of {ino}", first + count - 1)
             }
             Self::Ask(c, ino, Ask::Truncate { blocks }) => write!(f, "c{c} truncates {ino} to {blocks} blocks"),
             Self::Ask(c, ino, Ask::Read { first, count }) => {
@@ -153,6 +170,12 @@ impl fmt::Display for Act {
             Self::Replace(s) => write!(f, "the administrator gives b{s} another place"),
             Self::Compare => write!(f, "the administrator has all bricks compared"),
             Self::Flip(s, ino, block) => write!(f, "the disk of b{s} changes block {block} of {ino}"),
+            Self::LoseWrite(s, ino, block) => {
+                write!(f, "the disk of b{s} turns out not to have written block {block} of {ino}")
+            }
+            Self::Misdirect(s, (ino, block), (to, at)) => {
+                write!(f, "the disk of b{s} turns out to have written block {block} of {ino} to block {at} of {to}")
+            }
         }
     }
 }
@@ -171,7 +194,7 @@ impl Act {
     /// It is a fault that ends with the time of faults.
     #[must_use]
     pub fn is_fault(&self) -> bool {
-        !matches!(self, Self::Ask(..) | Self::Close(..) | Self::Flip(..))
+        !matches!(self, Self::Ask(..) | Self::Close(..) | Self::Flip(..) | Self::LoseWrite(..) | Self::Misdirect(..))
     }
 }
 
@@ -236,6 +259,8 @@ impl World {
             Act::Replace(s) => self.replace(s),
             Act::Compare => self.compare(),
             Act::Flip(s, ino, block) => self.flip(s, ino, block),
+            Act::LoseWrite(s, ino, block) => self.lose_write(s, ino, block),
+            Act::Misdirect(s, from, to) => self.misdirect(s, from, to),
         }
     }
 }

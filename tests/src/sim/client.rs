@@ -21,6 +21,10 @@ use super::world::{Connection, Happening, JANITOR, Node, TIMEOUTS, Wire, World, 
 /// Operations that an application has under way at most.
 const AT_ONCE: usize = 6;
 
+/// `FALLOC_FL_ZERO_RANGE`; `FALLOC_FL_PUNCH_HOLE` and `FALLOC_FL_KEEP_SIZE`
+pub(super) const ZERO: u32 = 0x10;
+const PUNCH_AND_KEEP: u32 = 3;
+
 /// The janitor takes a file from its holder when nothing of it was repaired for this long.
 const STUCK_MS: u64 = 20_000;
 
@@ -273,6 +277,13 @@ impl World {
             94..96 => Ask::Name,
             _ => Ask::Stat,
         };
+        let ask = match ask {
+            // Dice of their own, so that a run without holes is played as ever.
+            Ask::Write { first, count } if self.holes.chance(self.holes_permille) => {
+                Ask::Zero { first, count, grows: self.holes.chance(400) }
+            }
+            ask => ask,
+        };
         self.act(Act::Ask(c, ino, ask));
     }
 
@@ -300,6 +311,12 @@ impl World {
                 let write = Mutation::Write { offset: at(first), length: count as u64 * BLOCK_BYTES };
                 self.history.submitted(op, generation, ino, Kind::Write { first, count });
                 (Operation::Mutate(write), What::Mutation)
+            }
+            Ask::Zero { first, count, grows } => {
+                let mode = if grows { ZERO } else { PUNCH_AND_KEEP };
+                let zero = Mutation::Allocate { offset: at(first), length: count as u64 * BLOCK_BYTES, mode };
+                self.history.submitted(op, generation, ino, Kind::Zero { first, count, grows });
+                (Operation::Mutate(zero), What::Mutation)
             }
             Ask::Truncate { blocks } => {
                 let size = at(blocks);

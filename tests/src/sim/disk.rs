@@ -56,9 +56,10 @@ struct Version {
 }
 
 /// One thing that is written as a whole, with everything it may be after a power cut, oldest first. The kernel forgets that
-/// something is to be written once it could not write it: then no later flush makes it durable.
+/// something is to be written once it could not write it: then no later flush makes it durable. Last, the data that was durable
+/// before.
 #[derive(Clone, Debug, Default)]
-struct Cell(Vec<Version>, bool);
+struct Cell(Vec<Version>, bool, u64);
 
 impl Cell {
     fn last(&self) -> Version {
@@ -82,7 +83,7 @@ impl Cell {
     }
     fn flushed(&mut self, upto: u64) {
         while !self.1 && self.0.len() > 1 && self.0[1].at <= upto {
-            self.0.remove(0);
+            self.2 = self.0.remove(0).data;
         }
     }
     fn evict(&mut self, rng: &mut Rng) {
@@ -226,6 +227,11 @@ impl Disk {
     #[must_use]
     pub fn data_of(&self, ino: Ino, block: usize) -> u64 {
         self.files.get(&ino).map_or(0, |f| f.blocks[block].last().data)
+    }
+    /// The data that was on the disk before a block became what it is.
+    #[must_use]
+    pub fn data_before(&self, ino: Ino, block: usize) -> u64 {
+        self.files.get(&ino).map_or(0, |f| f.blocks[block].2)
     }
     /// The disk changes the data of a block by itself.
     pub fn set_data(&mut self, ino: Ino, block: usize, data: u64) {

@@ -24,11 +24,30 @@ pub enum Kind {
         /// How many.
         count: usize,
     },
+    /// Makes holes of blocks.
+    Zero {
+        /// The first.
+        first: usize,
+        /// How many.
+        count: usize,
+        /// And grows the file to their end.
+        grows: bool,
+    },
     /// Sets the size.
     Truncate {
         /// To this.
         size: u64,
     },
+}
+
+impl Kind {
+    /// The blocks to whose end it grows the file.
+    fn grown(self) -> Option<(usize, usize)> {
+        match self {
+            Self::Write { first, count } | Self::Zero { first, count, grows: true } => Some((first, count)),
+            _ => None,
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -108,7 +127,7 @@ impl History {
     }
     fn covers(&self, kind: Kind, block: usize) -> bool {
         match kind {
-            Kind::Write { first, count } => (first..first + count).contains(&block),
+            Kind::Write { first, count } | Kind::Zero { first, count, .. } => (first..first + count).contains(&block),
             Kind::Truncate { size } => self.geometry.offset(block) >= size,
         }
     }
@@ -242,7 +261,7 @@ impl History {
             for block in (0..BLOCKS).filter(|b| self.covers(o.kind, *b)) {
                 let need = match o.kind {
                     Kind::Write { .. } => Need { write: key, any: key },
-                    Kind::Truncate { .. } => Need { write: (Epoch(0), Seq(0)), any: key },
+                    _ => Need { write: (Epoch(0), Seq(0)), any: key },
                 };
                 let is_gone = self.check(o.ino, block, source.block(o.ino, block), need).is_err();
                 if is_gone && (flushed_too || !o.flushed) {
@@ -324,7 +343,7 @@ impl History {
             return parts.iter().try_for_each(|part| self.check_durable(ino, block, *part, need));
         }
         if value == 0 {
-            let holes = self.ops.values().filter(|o| o.ino == ino && matches!(o.kind, Kind::Truncate { .. }));
+            let holes = self.ops.values().filter(|o| o.ino == ino && !matches!(o.kind, Kind::Write { .. }));
             let newest = holes.filter(|o| self.covers(o.kind, block)).filter_map(|o| o.key).max().unwrap_or_default();
             if newest < need.write {
                 return Err(format!("block {block} of {ino:?} is a hole, but {:?} wrote it", need.write));
@@ -352,7 +371,7 @@ impl History {
             }
         }
         for o in self.ops.values().filter(|o| o.ino == ino && o.acknowledged && o.key > Some(need.truncate)) {
-            if let Kind::Write { first, count } = o.kind {
+            if let Some((first, count)) = o.kind.grown() {
                 need.least = need.least.max(self.geometry.range(first + count - 1).end);
             }
         }
@@ -368,12 +387,12 @@ impl History {
         }
         let (mut least, mut most) = (need.least, need.size);
         for o in self.ops.values().filter(|o| o.ino == ino && o.key > Some(need.truncate)) {
-            match o.kind {
-                Kind::Write { first, count } => most = most.max(self.geometry.range(first + count - 1).end),
-                Kind::Truncate { size } => {
-                    least = least.min(size);
-                    most = most.max(size);
-                }
+            if let Some((first, count)) = o.kind.grown() {
+                most = most.max(self.geometry.range(first + count - 1).end);
+            }
+            if let Kind::Truncate { size } = o.kind {
+                least = least.min(size);
+                most = most.max(size);
             }
         }
         if (least..=most).contains(&size) {

@@ -23,8 +23,16 @@ use super::world::{Happening, Node, TIMEOUTS, World, slot};
 
 /// How many of a thousand runs have it.
 const RUNS_PERMILLE: u64 = 300;
+/// And how many of a thousand have a disk that writes nowhere, or elsewhere, and says that all is well.
+const LYING_PERMILLE: u64 = 200;
 /// How often a brick looks for it by itself, in thousandths of its turns.
 const SCRUB_PERMILLE: u64 = 10;
+
+/// The dice of disks that lie: apart as well.
+#[must_use]
+pub fn lies(seed: u64) -> Rng {
+    Rng::new(seed.rotate_left(29) ^ 0x11e5)
+}
 
 /// The dice of what disks change: apart from all others, so that a run without it is played as ever.
 #[must_use]
@@ -38,6 +46,27 @@ impl World {
         if self.rot.chance(RUNS_PERMILLE) {
             let first = self.rot.between(500, 2000);
             self.after_chance(first, Happening::Rot);
+        }
+        if self.lies.chance(LYING_PERMILLE) {
+            let first = self.lies.between(500, 2000);
+            self.after_chance(first, Happening::Lie);
+        }
+    }
+
+    /// It turns out that some disk has not written what it said.
+    pub(super) fn lies(&mut self) {
+        if self.winding_down {
+            return;
+        }
+        let next = self.lies.delay(500, 3000) + 20;
+        self.after_chance(next, Happening::Lie);
+        let s = self.lies.index(3);
+        let [from, to] = [(); 2].map(|()| (self.files[self.lies.index(self.files.len())], self.lies.index(BLOCKS)));
+        let is_lost = self.lies.chance(500);
+        if is_lost && self.can_spare(s, from.0, from.1) {
+            self.act(Act::LoseWrite(s, from.0, from.1));
+        } else if !is_lost && from != to && [from, to].iter().all(|(ino, b)| self.can_spare(s, *ino, *b)) {
+            self.act(Act::Misdirect(s, from, to));
         }
     }
 
@@ -73,6 +102,25 @@ impl World {
             self.count("flipped");
             let data = nobodys(&mut self.tears);
             self.strike(s, ino, block, data);
+        }
+    }
+
+    pub(super) fn lose_write(&mut self, s: usize, ino: Ino, block: usize) {
+        let before = self.bricks[s].disk.data_before(ino, block);
+        if self.can_spare(s, ino, block) && self.bricks[s].disk.block(ino, block) != before {
+            self.count("lost write");
+            self.strike(s, ino, block, before);
+        }
+    }
+
+    pub(super) fn misdirect(&mut self, s: usize, from: (Ino, usize), to: (Ino, usize)) {
+        let data = self.bricks[s].disk.block(from.0, from.1);
+        let before = self.bricks[s].disk.data_before(from.0, from.1);
+        let is_seen = data != before && data != self.bricks[s].disk.block(to.0, to.1);
+        if from != to && is_seen && [from, to].iter().all(|(ino, b)| self.can_spare(s, *ino, *b)) {
+            self.count("misdirected write");
+            self.strike(s, from.0, from.1, before);
+            self.strike(s, to.0, to.1, data);
         }
     }
 

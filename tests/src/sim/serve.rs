@@ -8,6 +8,7 @@ use mortar_proto::replica::{Admission, Purpose, Refusal, Stamp};
 use mortar_proto::types::ByteRange;
 
 use super::brick::{Job, Peer, Step};
+use super::client::ZERO;
 use super::disk::Content;
 use super::world::{Happening, Node, TIMEOUTS, Wire, World, mutation_of, slot};
 
@@ -78,7 +79,7 @@ impl World {
                 }
                 return true;
             }
-            Body::Mutate(_, Mutation::Write { offset, length }) => {
+            Body::Mutate(_, Mutation::Write { offset, length } | Mutation::Allocate { offset, length, .. }) => {
                 Purpose::Mutate { range: ByteRange::at(offset, length) }
             }
             Body::Mutate(_, Mutation::Truncate { size: to }) => {
@@ -354,6 +355,15 @@ impl World {
                         self.later(s, delay, Step::Data(job, i + 1));
                         return;
                     }
+                }
+            }
+            Body::Mutate(_, Mutation::Allocate { offset, length, mode }) => {
+                let (disk, range) = (&mut self.bricks[s].disk, ByteRange::at(offset, length));
+                if mode == ZERO && disk.size(ino) < range.end {
+                    job.sized = disk.set_size(ino, range.end);
+                }
+                for block in self.geometry.blocks(range) {
+                    disk.write(ino, block, 0);
                 }
             }
             Body::Mutate(_, Mutation::Truncate { size }) => job.sized = self.bricks[s].disk.set_size(ino, size),

@@ -137,6 +137,8 @@ pub enum Happening {
     Fault,
     /// A disk changes a block by itself.
     Rot,
+    /// A disk turns out to have lied.
+    Lie,
     /// The administrator decides on something.
     Decide,
     /// A copy of a disk is made, or comes back.
@@ -183,6 +185,12 @@ pub struct World {
     pub copies: Copies,
     /// The dice of what disks change.
     pub rot: Rng,
+    /// The dice of holes, and how many of a thousand writes make some.
+    pub holes: Rng,
+    /// See `holes`.
+    pub holes_permille: u64,
+    /// The dice of disks that lie.
+    pub lies: Rng,
     /// The dice of what a power cut tears.
     pub tears: Rng,
     /// Blocks that some disk has changed by itself, at some time.
@@ -257,6 +265,7 @@ impl World {
         let faults = Faults::draw(&mut rng);
         let delay_ms = rng.between(2, 60);
         let disk_ms = rng.between(1, 40);
+        let mut holes = Rng::new(seed.rotate_left(37) ^ 0x001e5);
         let mut world = Self {
             now: 10_000,
             queue: BTreeMap::new(),
@@ -291,6 +300,9 @@ impl World {
             administrator: Administrator::new(seed),
             copies: Copies::new(seed),
             rot: super::rot::dice(seed),
+            lies: super::rot::lies(seed),
+            holes_permille: [0, 0, 60, 300][holes.index(4)],
+            holes,
             tears: Rng::new(seed.rotate_left(11) ^ 0x07ea_25ed),
             struck: BTreeSet::new(),
             scripted: play.script.is_some(),
@@ -603,6 +615,7 @@ impl World {
             }
             Happening::Fault => self.fault(),
             Happening::Rot => self.rots(),
+            Happening::Lie => self.lies(),
             Happening::Decide => self.decide(),
             Happening::Copy => self.copies(),
             Happening::Administrator => self.administer(),
