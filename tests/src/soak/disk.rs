@@ -67,7 +67,11 @@ impl Disk {
         self.moves += 1;
         match self.moves {
             0 | 1 => Ok(()),
-            moves => std::fs::remove_dir_all(self.directory(moves - 2)).context("removing an old brick"),
+            moves => match std::fs::remove_dir_all(self.directory(moves - 2)) {
+                // The disk was exchanged since.
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+                removed => removed.context("removing an old brick"),
+            },
         }
     }
 
