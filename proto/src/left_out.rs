@@ -90,6 +90,7 @@ rules! {
     E1Lapsed, "E1", "E1", "a brick is put out that may still serve reads";
     E1Agreed, "E1", "F-11", "an agreement ends with any later configuration that has the brick InSync, and counts under any";
     E1Elected, "E1", "", "a new leader does not count from its election";
+    E1Answered, "E1", "", "a brick is answered though it is about to be put out";
     E1Replaced, "E1", "", "a brick is replaced that may still serve reads";
     E2Replaced, "E2", "", "a brick is replaced though none that is InSync stays";
     E2Last, "E2", "E2", "the last InSync brick is put out";

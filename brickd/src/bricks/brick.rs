@@ -453,7 +453,7 @@ impl Brick {
         let had_slept = self.slept_ms.swap(slept, Ordering::Relaxed);
         let now = self.now_ms();
         let mut replica = self.replica.lock();
-        if slept <= had_slept + CLOCK_SLACK_MS {
+        if slept <= had_slept + CLOCK_SLACK_MS && !reply.withheld.contains(&self.id.0) {
             let sent_ms = now.saturating_sub(sent.elapsed().as_millis() as u64 + 1);
             replica.lease_answered(sent_ms + self.read_lease_ms.load(Ordering::Relaxed), LogIndex(reply.commit));
         }

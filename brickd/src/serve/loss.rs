@@ -34,6 +34,9 @@ impl Server {
                 let slot = row.configuration.slot_of(brick);
                 let slot = slot.ok_or_else(|| Status::failed_precondition("another brick has taken its place"))?;
                 let command = leader.monitor.accept_loss(state, set, slot, now).map_err(Status::failed_precondition)?;
+                if request.commit {
+                    leader.monitor.proposes(state, &command);
+                }
                 let heard =
                     |brick: BrickId| leader.monitor.last_answered_ms(brick).map(|at| now.saturating_sub(at) / 1000);
                 Ok::<_, Status>((command, losses(state, row, slot, knows.as_ref(), heard)))
@@ -41,9 +44,12 @@ impl Server {
         })??;
         if request.commit {
             tracing::warn!(%brick, ?lost, "the administrator accepts that data is lost");
-            match self.log.propose(command, None).await? {
+            match self.log.propose(command.clone(), None).await? {
                 Outcome::Configuration(_) => self.poke_leader(),
-                _ => return Err(Status::failed_precondition("the bricks have changed meanwhile; look again")),
+                _ => {
+                    self.lead(|leader| leader.monitor.refused(&command))?;
+                    return Err(Status::failed_precondition("the bricks have changed meanwhile; look again"));
+                }
             }
         }
         Ok(AcceptLossReply { lost })

@@ -139,7 +139,7 @@ impl Server {
             })
             .collect();
         let server = ServerId(request.server);
-        let (asked, moved) = self.lead(|leader| {
+        let (asked, withheld, moved) = self.lead(|leader| {
             leader.servers.insert(server, ServerNews { heard_ms: now, applied: request.applied });
             for b in &request.bricks {
                 let news = leader.bricks.entry(BrickId(b.brick)).or_insert_with(BrickNews::default);
@@ -156,14 +156,16 @@ impl Server {
             self.log.with_state(|state| {
                 let asked = leader.monitor.heartbeat(state, now, &beats);
                 let moved = state.servers.get(&server).is_some_and(|s| s.address != request.address);
-                (asked, moved)
+                let bricks = beats.iter().map(|b| b.brick);
+                let withheld = bricks.filter(|b| leader.monitor.withholds(state, *b)).map(|b| b.0).collect();
+                (asked, withheld, moved)
             })
         })?;
         self.poke_leader();
         if moved {
             self.log.propose(Command::ServerAdd { server, address: request.address }, None).await?;
         }
-        Ok(HeartbeatReply { commit: commit.0, asked_out: asked.into_iter().map(|b| b.0).collect() })
+        Ok(HeartbeatReply { commit: commit.0, asked_out: asked.into_iter().map(|b| b.0).collect(), withheld })
     }
 }
 

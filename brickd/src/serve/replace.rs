@@ -38,9 +38,12 @@ impl Server {
         let until = Instant::now() + AGREEMENT;
         while Instant::now() < until {
             if let Some(command) = self.may_replace(brick, set, &place, request.force, true)? {
-                match self.log.propose(command, None).await? {
+                match self.log.propose(command.clone(), None).await? {
                     Outcome::Superseded => {}
-                    Outcome::Refused(why) => return Err(Status::failed_precondition(why)),
+                    Outcome::Refused(why) => {
+                        self.lead(|leader| leader.monitor.refused(&command))?;
+                        return Err(Status::failed_precondition(why));
+                    }
                     _ => {
                         tracing::warn!(%brick, path = place.path, "the administrator has replaced a brick");
                         return Ok(());
@@ -57,7 +60,7 @@ impl Server {
         )))
     }
 
-    /// The command, when the time for it has come; with `ask` the old brick is asked to go.
+    /// The command, when the time for it has come; with `ask` the old brick is asked to go, and the command is about to be proposed.
     fn may_replace(
         &self,
         brick: BrickId,
@@ -75,7 +78,11 @@ impl Server {
                 match leader.monitor.may_replace(state, set, slot, force, now) {
                     Replacement::Refused(why) => Err(Status::failed_precondition(why)),
                     Replacement::Now(n) => {
-                        Ok(Some(Command::ReplaceBrick { set, n, slot, place: place.clone(), force }))
+                        let command = Command::ReplaceBrick { set, n, slot, place: place.clone(), force };
+                        if ask {
+                            leader.monitor.proposes(state, &command);
+                        }
+                        Ok(Some(command))
                     }
                     Replacement::Later if ask => {
                         leader.monitor.ask_to_leave(brick, now);

@@ -125,7 +125,10 @@ impl Server {
                 let beats: Vec<Beat> = bricks.beats().iter().map(beat).collect();
                 let asked = log.with_state(|s| monitor.heartbeat(s, now_ms, &beats));
                 let asked_out = asked.into_iter().map(|b| b.0).collect();
-                bricks.heartbeat_answered(sent, &peer::HeartbeatReply { commit: log.applied().0, asked_out });
+                bricks.heartbeat_answered(
+                    sent,
+                    &peer::HeartbeatReply { commit: log.applied().0, asked_out, withheld: Vec::new() },
+                );
                 if leads.load(Ordering::Acquire) {
                     for command in log.with_state(|s| monitor.poll(s, now_ms)) {
                         let _ = handle.block_on(log.propose(command, None));

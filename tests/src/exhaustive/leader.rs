@@ -207,6 +207,9 @@ impl World {
         let Some(beat) = self.bricks[s].beat() else { return };
         let (state, now) = (Rc::clone(&self.leader.state), self.leader.now_ms);
         let asked = self.leader.monitor.heartbeat(&state, now, &[beat]);
+        if self.leader.monitor.withholds(&state, beat.brick) {
+            return;
+        }
         let commit = self.leader.last();
         if self.bricks[s].beat_answered(now + READ_LEASE_MS, commit, !asked.is_empty()) {
             self.note(|| format!("b{s} agrees to its Out"));

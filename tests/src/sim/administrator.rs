@@ -202,6 +202,7 @@ impl World {
             Replacement::Now(n) => {
                 let place = BrickPlace { server: ServerId(slot.index() as u64 + 1), path: "/b".into() };
                 let command = Command::ReplaceBrick { set, n, slot, place, force: false };
+                leader.monitor.proposes(&state, &command);
                 self.propose(v, None, command, Then::Nothing);
                 false
             }
@@ -226,6 +227,7 @@ impl World {
         let Some(leader) = self.leader(v) else { return };
         let command = sources.iter().find_map(|s| leader.monitor.accept_loss(&state, set, *s, own_now).ok());
         if let Some(command) = command {
+            leader.monitor.proposes(&state, &command);
             self.propose(v, None, command, Then::Nothing);
         }
     }
@@ -246,12 +248,6 @@ impl World {
     pub(super) fn administered(&mut self, command: &Command, old: &Configuration, new: &Configuration) {
         match command {
             Command::ReplaceBrick { slot, .. } => {
-                let brick = &self.bricks[slot.index()];
-                let is_old = brick.id == old.members[slot.index()].brick;
-                let now = self.brick_now(slot.index());
-                if is_old && brick.replica.as_ref().is_some_and(|r| r.may_read(now)) {
-                    self.fail(|| format!("E1: b{} is replaced and may still serve reads", slot.0));
-                }
                 // That a disk has died just now nobody can know.
                 let is_lost = |s: Slot| self.bricks[s.index()].has_no_disk() && !self.is_heard(old, s);
                 if new.in_sync().iter().all(is_lost) {

@@ -73,6 +73,13 @@ impl World {
             self.fail(|| format!("I8: no brick is InSync under {new:?}"));
         }
         self.put_out_or_back(old, new, cold);
+        for s in old.in_sync().iter().filter(|s| new.state(*s) != BrickState::InSync) {
+            let brick = &self.bricks[s.index()];
+            let (is_meant, now) = (brick.id == old.members[s.index()].brick, self.brick_now(s.index()));
+            if is_meant && brick.replica.as_ref().is_some_and(|r| r.may_read(now)) {
+                self.fail(|| format!("E1: b{} is not InSync any more and may still serve reads", s.0));
+            }
+        }
         for s in Slot::ALL {
             let (was, is) = (old.members[s.index()], new.members[s.index()]);
             if is.state != BrickState::InSync || is.incarnation != was.incarnation {
@@ -122,8 +129,8 @@ impl World {
     /// A leader may take a brick for living.
     pub(super) fn is_heard(&self, configuration: &Configuration, slot: Slot) -> bool {
         let silence_ms = (self.quorum.timing.read_lease_ms + self.quorum.timing.clock_margin_ms) * 11 / 10;
-        let (incarnation, at) = self.heard[slot.index()];
-        incarnation == configuration.members[slot.index()].incarnation && at + silence_ms > self.now
+        let at = self.heard[slot.index()].get(&configuration.members[slot.index()].incarnation);
+        at.is_some_and(|at| at + silence_ms > self.now)
     }
 
     /// [E2]: when a leader proposes to put an `InSync` brick out, it hears another one.

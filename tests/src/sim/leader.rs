@@ -372,14 +372,17 @@ impl World {
             ToLeader::Beat { slot, generation, sent_ms, beat } => {
                 let committed = self.configuration();
                 if beat.registration.incarnation == committed.members[slot].incarnation || beat.known >= committed.n {
-                    self.heard[slot] = (beat.registration.incarnation, self.now);
+                    self.heard[slot].insert(beat.registration.incarnation, self.now);
                 }
                 let state = std::rc::Rc::clone(&self.quorum.voters[v].state);
                 let Some(leader) = self.leader(v) else { return };
                 let asked = leader.monitor.heartbeat(&state, own_now, &[beat]);
                 let agree = asked.contains(&beat.brick);
+                let is_withheld = leader.monitor.withholds(&state, beat.brick);
                 let told = FromLeader::Beat { slot, generation, sent_ms, commit, agree };
-                self.send(Node::Voter(v), Node::Brick(slot), false, Happening::FromLeader(told));
+                if !is_withheld {
+                    self.send(Node::Voter(v), Node::Brick(slot), false, Happening::FromLeader(told));
+                }
                 self.look_round(v);
             }
             ToLeader::Asked(asker, Question::Watch { session, number }) => {

@@ -239,8 +239,8 @@ pub struct World {
     pub refused: bool,
     /// Since when bricks are out.
     pub out_since: [u64; 3],
-    /// When the leader heard of bricks last, and in which incarnation.
-    pub heard: [(Incarnation, u64); 3],
+    /// When the leader heard of bricks last, by incarnation.
+    pub heard: [BTreeMap<Incarnation, u64>; 3],
     /// Applications ask for nothing more.
     pub winding_down: bool,
     /// How many operations were submitted and completed.
@@ -287,7 +287,7 @@ impl World {
             lost: BTreeSet::new(),
             refused: false,
             out_since: [0; 3],
-            heard: [(Incarnation(0), 0); 3],
+            heard: Default::default(),
             winding_down: false,
             flaky_until: 0,
             slow: None,

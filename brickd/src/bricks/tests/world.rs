@@ -118,6 +118,7 @@ impl World {
                     let reply = peer::HeartbeatReply {
                         commit: log.applied().0,
                         asked_out: asked.into_iter().map(|b| b.0).collect(),
+                        withheld: Vec::new(),
                     };
                     bricks.heartbeat_answered(sent, &reply);
                 }

@@ -103,6 +103,8 @@ pub struct Monitor {
     past: BTreeMap<BrickId, Past>,
     /// Bricks that the administrator wants to leave, for another to take their place, and until when that is asked of them.
     leaving: BTreeMap<BrickId, u64>,
+    /// Bricks whose `Out` is proposed because they were not heard, and under which configuration.
+    doomed: BTreeMap<BrickId, ConfigNo>,
     /// When a second brick of a set that waits for its cold start had registered `[E6]`.
     cold_since_ms: BTreeMap<SetId, u64>,
 }
@@ -118,6 +120,7 @@ impl Monitor {
             suspected: BTreeMap::new(),
             past: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            doomed: BTreeMap::new(),
             cold_since_ms: BTreeMap::new(),
         }
     }
@@ -171,19 +174,27 @@ impl Monitor {
             if !is_registered && beat.known < set.configuration.n {
                 continue;
             }
+            if is_registered && self.withholds(state, beat.brick) {
+                continue;
+            }
             let same = |h: &&Heard| h.beat.registration.incarnation == beat.registration.incarnation;
             let first_ms = self.heard.get(&beat.brick).filter(same).map_or(now_ms, |h| h.first_ms);
             self.heard.insert(beat.brick, Heard { beat: *beat, answered_ms: now_ms, first_ms });
             let suspected = self.suspected.get(&beat.brick) == Some(&set.configuration.n)
                 || self.compared_next(state, &set.configuration, now_ms) == Some(slot);
             let leaves = self.leaving.get(&beat.brick).is_some_and(|until| now_ms < *until);
-            if leaves && set.configuration.state(slot) == BrickState::InSync && beat.agreed_under != set.configuration.n
+            if leaves
+                && is_registered
+                && set.configuration.state(slot) == BrickState::InSync
+                && beat.agreed_under != set.configuration.n
             {
                 asked.push(beat.brick);
                 continue;
             }
-            // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out.
+            // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out. A start that
+            // is not registered serves nothing, and would still be bound by its word when it is.
             if suspected
+                && is_registered
                 && beat.agreed_under != set.configuration.n
                 && self.may_put_out(state, &set.configuration, slot, false, now_ms)
             {
@@ -191,6 +202,46 @@ impl Monitor {
             }
         }
         asked
+    }
+
+    /// Something is about to be proposed. A brick that it takes out of those that are `InSync`, because nothing was answered to it for long,
+    /// must not be answered any more: it would serve reads when that is committed `[E1]`.
+    pub fn proposes(&mut self, state: &State, command: &Command) {
+        let (set, n, out): (_, _, Slots) = match command {
+            Command::PutOut { set, n, slot } | Command::ReplaceBrick { set, n, slot, .. } => {
+                (set, *n, Slots::NONE.with(*slot))
+            }
+            Command::ColdStart { set, n, registered, .. } => {
+                (set, *n, Slot::ALL.into_iter().filter(|s| registered[s.index()].is_none()).collect())
+            }
+            Command::AcceptLoss { set, n, source, registered } => {
+                let absent = |s: &Slot| s != source && registered[s.index()].is_none();
+                (set, *n, Slot::ALL.into_iter().filter(absent).collect())
+            }
+            _ => return,
+        };
+        let Some(configuration) = state.sets.get(set).map(|row| row.configuration).filter(|c| c.n == n) else { return };
+        for slot in out.iter().filter(|s| configuration.state(*s) == BrickState::InSync) {
+            self.doomed.insert(configuration.members[slot.index()].brick, n);
+        }
+    }
+
+    /// What was proposed is refused: who was to go is answered again.
+    pub fn refused(&mut self, command: &Command) {
+        if let Command::PutOut { n, .. }
+        | Command::ReplaceBrick { n, .. }
+        | Command::ColdStart { n, .. }
+        | Command::AcceptLoss { n, .. } = command
+        {
+            self.doomed.retain(|_, of| of != n);
+        }
+    }
+
+    /// This brick is not answered: its `Out` is proposed. It ends with the configuration that it was proposed for.
+    #[must_use]
+    pub fn withholds(&self, state: &State, brick: BrickId) -> bool {
+        let set = state.bricks.get(&brick).and_then(|b| state.sets.get(&b.set));
+        !left_out(Rule::E1Answered) && set.is_some_and(|s| self.doomed.get(&brick) == Some(&s.configuration.n))
     }
 
     /// A client says that a brick failed or did not answer, under configuration `n` `[W4]`. True when that is news.
@@ -201,7 +252,7 @@ impl Monitor {
     }
 
     /// [E2] With `slot` out, an `InSync` brick stays that lives, and two that are written to. One that has agreed to its own `Out`
-    /// is about to go, but it has everything: where the brick in `slot` is gone, it stays until another is `InSync`.
+    /// is about to go, but it has everything: where the brick in `slot` is gone, or is no copy yet, it stays until another is `InSync`.
     fn may_put_out(
         &self,
         state: &State,
@@ -216,9 +267,11 @@ impl Monitor {
         if configuration.state(slot) == BrickState::Out || configuration.writable().without(slot).count() < 2 {
             return false;
         }
+        let is_copy = configuration.state(slot) == BrickState::InSync;
         configuration.in_sync().without(slot).iter().any(|s| {
             let brick = configuration.members[s.index()].brick;
-            let goes = |b: &Beat| b.failed || b.agreed_under == configuration.n && (!is_gone || b.stopping);
+            let agreed = |b: &Beat| b.agreed_under == configuration.n && is_copy && (!is_gone || b.stopping);
+            let goes = |b: &Beat| b.failed || agreed(b);
             let well = self.heard.get(&brick).is_some_and(|h| !goes(&h.beat));
             well && (self.living(state, brick, now_ms) || left_out(Rule::E2Restarted))
         })
@@ -230,13 +283,23 @@ impl Monitor {
         self.heard.retain(|brick, _| state.bricks.contains_key(brick));
         self.past.retain(|brick, _| state.bricks.contains_key(brick));
         self.leaving.retain(|_, until| now_ms < *until);
+        self.doomed.retain(|brick, n| {
+            let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
+            set.is_some_and(|s| s.configuration.n == *n)
+        });
         self.cold_since_ms.retain(|set, _| state.sets.contains_key(set));
         self.suspected.retain(|brick, n| {
             let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
             set.is_some_and(|s| s.configuration.n == *n)
         });
         // One change of a set at a time: the next one is judged by the configuration that this one makes.
-        state.sets.iter().filter_map(|(set, row)| self.next_change(state, *set, &row.configuration, now_ms)).collect()
+        let due: Vec<Command> = state
+            .sets
+            .iter()
+            .filter_map(|(set, row)| self.next_change(state, *set, &row.configuration, now_ms))
+            .collect();
+        due.iter().for_each(|command| self.proposes(state, command));
+        due
     }
 
     fn next_change(
@@ -345,7 +408,7 @@ impl Monitor {
             }
             // A Syncing brick serves no reads, so nothing has to run out.
             let serves_none = agreed || silent || !in_sync || left_out(Rule::E1Lapsed);
-            let is_gone = silent && !(agreed && in_sync);
+            let is_gone = silent && !agreed;
             if serves_none && self.may_put_out(state, configuration, slot, is_gone, now_ms) {
                 let past = self.past.entry(brick).or_default();
                 if past.out_since_ms.is_none() && past.failed_ms + 1000 < now_ms {
