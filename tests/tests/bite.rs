@@ -39,6 +39,7 @@ const RARE: &[Rule] = &[
     Rule::W7Flushed,
     Rule::W8Syncing,
     Rule::R1Lease,
+    Rule::E1Answered,
     Rule::E2Replaced,
     Rule::S2Clear,
 ];
