@@ -25,6 +25,8 @@ use crate::wire::{data, session as wire};
 
 /// How often coordinators are told the time.
 const TICK: Duration = Duration::from_millis(20);
+/// The most that counts as passed between two turns: a client that stood still must not take bricks for dead that had answered.
+const MOST_PASSED: Duration = Duration::from_millis(500);
 /// How long a lease, a suspicion or a release may take to be answered before it is asked again.
 const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
 /// How long names wait for a leader before they fail: longer than any election.
@@ -166,7 +168,8 @@ pub struct Volume {
     me: std::sync::Weak<Self>,
     runtime: tokio::runtime::Handle,
     session: Session,
-    began: Instant,
+    /// The clock of all that waits for bricks at the last turn, and when that was.
+    clock: Mutex<(u64, Instant)>,
     cluster: ClusterId,
     root: Ino,
     sets: RwLock<HashMap<SetId, Arc<ReplicaSet>>>,
@@ -231,7 +234,7 @@ impl Volume {
             me: me.clone(),
             runtime: tokio::runtime::Handle::current(),
             session,
-            began: Instant::now(),
+            clock: Mutex::new((0, Instant::now())),
             cluster: ClusterId(cluster),
             root: Ino(opened.root),
             sets: RwLock::default(),
@@ -272,9 +275,21 @@ impl Volume {
         &self.session
     }
 
-    /// Milliseconds since the volume was mounted; never goes back.
+    /// Milliseconds since the volume was mounted, without those in which this process stood still; never goes back.
     fn now_ms(&self) -> u64 {
-        self.began.elapsed().as_millis() as u64
+        let (turn_ms, at) = *self.clock.lock();
+        turn_ms + at.elapsed().min(MOST_PASSED).as_millis() as u64
+    }
+
+    /// The clock's next turn.
+    fn turn(&self) -> u64 {
+        let mut clock = self.clock.lock();
+        let (turn_ms, at) = *clock;
+        let passed = at.elapsed();
+        let counted = Duration::from_millis(passed.min(MOST_PASSED).as_millis() as u64);
+        let stood_still = passed > MOST_PASSED;
+        *clock = (turn_ms + counted.as_millis() as u64, if stood_still { Instant::now() } else { at + counted });
+        clock.0
     }
 
     // -- names ------------------------------------------------------------------------------------------------------
@@ -629,7 +644,7 @@ impl Volume {
     }
 
     fn tick(&self) {
-        let now = self.now_ms();
+        let now = self.turn();
         if self.session.is_evicted() {
             // What slipped in while the session was found to be evicted.
             return self.cut_off();

@@ -275,14 +275,14 @@ impl Replica {
     pub fn pulled_region(&mut self, ino: Ino, region: u64) {
         let Some(file) = self.files.get_mut(&ino) else { return };
         file.plan.remove(region..region + 1);
-        if region != SIZE_REGION {
-            let extent = region * REGION_BYTES / EXTENT_BYTES;
-            let per_extent = EXTENT_BYTES / REGION_BYTES;
-            let left = (extent * per_extent..(extent + 1) * per_extent).any(|r| file.plan.contains(r));
-            if !left {
-                file.inherited.remove(&extent);
-            }
+        // Any of its intents may stand for the size.
+        if file.plan.contains(SIZE_REGION) {
+            return;
         }
+        let per_extent = EXTENT_BYTES / REGION_BYTES;
+        let (plan, is_size) = (&file.plan, region == SIZE_REGION);
+        let is_left = |extent: u64| (extent * per_extent..(extent + 1) * per_extent).any(|r| plan.contains(r));
+        file.inherited.retain(|extent| !is_size && *extent != region / per_extent || is_left(*extent));
     }
 
     /// The largest number of running requests of older configurations; 0 lets reports be made `[F2]`.

@@ -103,6 +103,8 @@ pub struct Monitor {
     past: BTreeMap<BrickId, Past>,
     /// Bricks that the administrator wants to leave, for another to take their place, and until when that is asked of them.
     leaving: BTreeMap<BrickId, u64>,
+    /// Bricks that were asked to agree to their `Out`, and under which configuration.
+    asked: BTreeMap<BrickId, ConfigNo>,
     /// Bricks whose `Out` is proposed because they were not heard, and under which configuration.
     doomed: BTreeMap<BrickId, ConfigNo>,
     /// When a second brick of a set that waits for its cold start had registered `[E6]`.
@@ -120,6 +122,7 @@ impl Monitor {
             suspected: BTreeMap::new(),
             past: BTreeMap::new(),
             leaving: BTreeMap::new(),
+            asked: BTreeMap::new(),
             doomed: BTreeMap::new(),
             cold_since_ms: BTreeMap::new(),
         }
@@ -191,17 +194,29 @@ impl Monitor {
                 asked.push(beat.brick);
                 continue;
             }
-            // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out. A start that
-            // is not registered serves nothing, and would still be bound by its word when it is.
+            // [E1] A brick that answers heartbeats but not clients has to agree; it is asked only if it can then be put out, and
+            // no other one was asked: who has agreed serves nothing, and where all had, nobody would. A start that is not registered
+            // serves nothing, and would still be bound by its word when it is.
             if suspected
                 && is_registered
                 && beat.agreed_under != set.configuration.n
+                && !self.another_goes(&set.configuration, slot)
                 && self.may_put_out(state, &set.configuration, slot, false, now_ms)
             {
                 asked.push(beat.brick);
+                self.asked.insert(beat.brick, set.configuration.n);
             }
         }
         asked
+    }
+
+    /// Another brick than the one in `slot` was asked to agree, or has agreed, under this configuration.
+    fn another_goes(&self, configuration: &Configuration, slot: Slot) -> bool {
+        configuration.in_sync().without(slot).iter().any(|s| {
+            let brick = configuration.members[s.index()].brick;
+            let has_agreed = self.heard.get(&brick).is_some_and(|h| h.beat.agreed_under == configuration.n);
+            has_agreed || self.asked.get(&brick) == Some(&configuration.n)
+        })
     }
 
     /// Something is about to be proposed. A brick that it takes out of those that are `InSync`, because nothing was answered to it for long,
@@ -283,15 +298,13 @@ impl Monitor {
         self.heard.retain(|brick, _| state.bricks.contains_key(brick));
         self.past.retain(|brick, _| state.bricks.contains_key(brick));
         self.leaving.retain(|_, until| now_ms < *until);
-        self.doomed.retain(|brick, n| {
-            let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
-            set.is_some_and(|s| s.configuration.n == *n)
-        });
+        for of_now in [&mut self.suspected, &mut self.asked, &mut self.doomed] {
+            of_now.retain(|brick, n| {
+                let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
+                set.is_some_and(|s| s.configuration.n == *n)
+            });
+        }
         self.cold_since_ms.retain(|set, _| state.sets.contains_key(set));
-        self.suspected.retain(|brick, n| {
-            let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
-            set.is_some_and(|s| s.configuration.n == *n)
-        });
         // One change of a set at a time: the next one is judged by the configuration that this one makes.
         let due: Vec<Command> = state
             .sets

@@ -179,6 +179,20 @@ fn a_set_whose_files_were_leased_before_its_bricks_registered_comes_to_life() {
 }
 
 #[test]
+fn a_client_that_complains_of_all_bricks_takes_one_of_them_out_and_no_word_of_the_others() {
+    let mut cluster = Cluster::new();
+    cluster.run(1000);
+    Slot::ALL.into_iter().for_each(|slot| cluster.suspect(slot));
+    for _ in 0..40 {
+        cluster.run(STEP_MS);
+        let serve = Slot::ALL.into_iter().filter(|s| cluster.replicas[s.index()].may_read(cluster.now_ms)).count();
+        assert!(serve >= 2, "{serve} bricks serve reads, after {:?}", cluster.done);
+    }
+    let put_out = |slot: &Slot| cluster.times_put_out(*slot) > 0;
+    assert_eq!(Slot::ALL.iter().filter(|slot| put_out(slot)).count(), 1, "{:?}", cluster.done);
+}
+
+#[test]
 fn what_an_earlier_start_of_a_brick_said_is_not_taken_for_a_new_start() {
     let mut cluster = Cluster::new();
     let late = cluster.beat_of(Slot(0));
