@@ -141,9 +141,10 @@ impl World {
         let mut was_torn = false;
         for (ino, block) in self.bricks[s].disk.doubted() {
             let value = self.bricks[s].disk.block(ino, block);
-            let is_within = self.geometry.offset(block) < self.bricks[s].disk.size(ino) && value != 0;
+            // Past the end of a file there is no data.
+            let is_within = self.geometry.offset(block) < self.bricks[s].disk.size(ino);
             let has_it = |o: &usize| self.is_reachable(s, *o) && self.bricks[*o].disk.data_of(ino, block) == value;
-            let is_vouched = is_within && (0..3).filter(|o| *o != s).any(|o| has_it(&o));
+            let is_vouched = is_within && value != 0 && (0..3).filter(|o| *o != s).any(|o| has_it(&o));
             let asks = is_source && !left_out(Rule::S3Vouched);
             let disk = &mut self.bricks[s].disk;
             if asks && is_vouched {
@@ -151,14 +152,14 @@ impl World {
                 self.count("another brick had what a checksum was of");
                 continue;
             }
-            if disk.is_spoiled(ino, block) && asks == is_source {
+            if is_within && disk.is_spoiled(ino, block) && asks == is_source {
                 // Nobody who is left can tell it from what a power cut has torn, so this is its content from now on.
                 let torn = Torn { value: nobodys(&mut self.tears), parts: vec![value] };
                 disk.set_data(ino, block, torn.value);
                 self.history.torn(torn, is_source);
                 self.count("what a disk had changed was taken for torn");
             } else {
-                was_torn = true;
+                was_torn |= is_within;
             }
             self.bricks[s].disk.make_sum_anew(ino, block);
             self.event(|| format!("b{s} makes the checksum of block {block} of {ino} anew"));
