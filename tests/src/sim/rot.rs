@@ -159,7 +159,7 @@ impl World {
                 self.history.torn(torn, is_source);
                 self.count("what a disk had changed was taken for torn");
             } else {
-                was_torn |= is_within;
+                was_torn = true;
             }
             self.bricks[s].disk.make_sum_anew(ino, block);
             self.event(|| format!("b{s} makes the checksum of block {block} of {ino} anew"));
