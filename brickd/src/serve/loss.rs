@@ -47,7 +47,7 @@ impl Server {
             match self.log.propose(command.clone(), None).await? {
                 Outcome::Configuration(_) => self.poke_leader(),
                 _ => {
-                    self.lead(|leader| leader.monitor.refused(&command))?;
+                    self.lead(|leader| self.log.with_state(|state| leader.monitor.refused(state, &command)))?;
                     return Err(Status::failed_precondition("the bricks have changed meanwhile; look again"));
                 }
             }

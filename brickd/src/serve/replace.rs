@@ -41,7 +41,7 @@ impl Server {
                 match self.log.propose(command.clone(), None).await? {
                     Outcome::Superseded => {}
                     Outcome::Refused(why) => {
-                        self.lead(|leader| leader.monitor.refused(&command))?;
+                        self.lead(|leader| self.log.with_state(|state| leader.monitor.refused(state, &command)))?;
                         return Err(Status::failed_precondition(why));
                     }
                     _ => {

@@ -138,10 +138,15 @@ impl Monitor {
         self.timing.read_lease_ms + self.timing.clock_margin_ms
     }
 
+    /// The configuration of a brick's replica set.
+    fn configuration_of(state: &State, brick: BrickId) -> Option<&Configuration> {
+        let set = state.bricks.get(&brick)?.set;
+        state.sets.get(&set).map(|row| &row.configuration)
+    }
+
     fn registered(state: &State, brick: BrickId) -> Incarnation {
-        let set = state.bricks.get(&brick).and_then(|b| state.sets.get(&b.set));
-        set.and_then(|s| s.configuration.slot_of(brick).map(|slot| s.configuration.members[slot.index()].incarnation))
-            .unwrap_or(Incarnation(0))
+        let member = |c: &Configuration| c.slot_of(brick).map(|slot| c.members[slot.index()].incarnation);
+        Self::configuration_of(state, brick).and_then(member).unwrap_or(Incarnation(0))
     }
 
     /// The brick's registered incarnation was answered of late.
@@ -219,9 +224,8 @@ impl Monitor {
         })
     }
 
-    /// Something is about to be proposed. A brick that it takes out of those that are `InSync`, because nothing was answered to it for long,
-    /// must not be answered any more: it would serve reads when that is committed `[E1]`.
-    pub fn proposes(&mut self, state: &State, command: &Command) {
+    /// The bricks that a command takes out of those that are `InSync`, though they may not know, and the configuration that it is for.
+    fn taken_out(state: &State, command: &Command) -> Vec<(BrickId, ConfigNo)> {
         let (set, n, out): (_, _, Slots) = match command {
             Command::PutOut { set, n, slot } | Command::ReplaceBrick { set, n, slot, .. } => {
                 (set, *n, Slots::NONE.with(*slot))
@@ -233,30 +237,34 @@ impl Monitor {
                 let absent = |s: &Slot| s != source && registered[s.index()].is_none();
                 (set, *n, Slot::ALL.into_iter().filter(absent).collect())
             }
-            _ => return,
+            _ => return Vec::new(),
         };
-        let Some(configuration) = state.sets.get(set).map(|row| row.configuration).filter(|c| c.n == n) else { return };
-        for slot in out.iter().filter(|s| configuration.state(*s) == BrickState::InSync) {
-            self.doomed.insert(configuration.members[slot.index()].brick, n);
-        }
+        let configuration = state.sets.get(set).map(|row| row.configuration).filter(|c| c.n == n);
+        let bricks = |c: Configuration| {
+            let was_in_sync = out.iter().filter(move |s| c.state(*s) == BrickState::InSync);
+            was_in_sync.map(move |s| (c.members[s.index()].brick, n))
+        };
+        configuration.into_iter().flat_map(bricks).collect()
+    }
+
+    /// Something is about to be proposed. A brick that it takes out because nothing was answered to it for long must not be answered
+    /// any more: it would serve reads when that is committed `[E1]`.
+    pub fn proposes(&mut self, state: &State, command: &Command) {
+        self.doomed.extend(Self::taken_out(state, command));
     }
 
     /// What was proposed is refused: who was to go is answered again.
-    pub fn refused(&mut self, command: &Command) {
-        if let Command::PutOut { n, .. }
-        | Command::ReplaceBrick { n, .. }
-        | Command::ColdStart { n, .. }
-        | Command::AcceptLoss { n, .. } = command
-        {
-            self.doomed.retain(|_, of| of != n);
+    pub fn refused(&mut self, state: &State, command: &Command) {
+        for (brick, _) in Self::taken_out(state, command) {
+            self.doomed.remove(&brick);
         }
     }
 
     /// This brick is not answered: its `Out` is proposed. It ends with the configuration that it was proposed for.
     #[must_use]
     pub fn withholds(&self, state: &State, brick: BrickId) -> bool {
-        let set = state.bricks.get(&brick).and_then(|b| state.sets.get(&b.set));
-        !left_out(Rule::E1Answered) && set.is_some_and(|s| self.doomed.get(&brick) == Some(&s.configuration.n))
+        let n = Self::configuration_of(state, brick).map(|c| c.n);
+        !left_out(Rule::E1Answered) && n.is_some() && self.doomed.get(&brick).copied() == n
     }
 
     /// A client says that a brick failed or did not answer, under configuration `n` `[W4]`. True when that is news.
@@ -299,10 +307,7 @@ impl Monitor {
         self.past.retain(|brick, _| state.bricks.contains_key(brick));
         self.leaving.retain(|_, until| now_ms < *until);
         for of_now in [&mut self.suspected, &mut self.asked, &mut self.doomed] {
-            of_now.retain(|brick, n| {
-                let set = state.bricks.get(brick).and_then(|b| state.sets.get(&b.set));
-                set.is_some_and(|s| s.configuration.n == *n)
-            });
+            of_now.retain(|brick, n| Self::configuration_of(state, *brick).is_some_and(|c| c.n == *n));
         }
         self.cold_since_ms.retain(|set, _| state.sets.contains_key(set));
         // One change of a set at a time: the next one is judged by the configuration that this one makes.

@@ -193,6 +193,20 @@ fn a_client_that_complains_of_all_bricks_takes_one_of_them_out_and_no_word_of_th
 }
 
 #[test]
+fn what_is_refused_for_one_set_has_no_brick_of_another_answered() {
+    let mut cluster = Cluster::new();
+    cluster.run(1000);
+    let (set, n) = (*cluster.state.sets.keys().next().expect("a set"), cluster.configuration().n);
+    let brick = cluster.configuration().members[0].brick;
+    let out = |set| Command::PutOut { set, n, slot: Slot(0) };
+    cluster.monitor.proposes(&cluster.state, &out(set));
+    cluster.monitor.refused(&cluster.state, &out(SetId(set.0 + 1)));
+    assert!(cluster.monitor.withholds(&cluster.state, brick));
+    cluster.monitor.refused(&cluster.state, &out(set));
+    assert!(!cluster.monitor.withholds(&cluster.state, brick));
+}
+
+#[test]
 fn what_an_earlier_start_of_a_brick_said_is_not_taken_for_a_new_start() {
     let mut cluster = Cluster::new();
     let late = cluster.beat_of(Slot(0));
