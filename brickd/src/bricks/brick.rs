@@ -372,9 +372,13 @@ impl Brick {
 
     /// Has the server remember how far the journal has come.
     pub(super) fn raise_stamp(&self) {
-        match self.witness.raise(&self.journal) {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => tracing::warn!(brick = %self.id, "an older copy of the disk might not be noticed: {e:#}"),
+        match self.journal.raise() {
+            Ok(Some(stamp)) => {
+                if let Err(e) = self.witness.saw(stamp) {
+                    tracing::warn!(brick = %self.id, "an older copy of the disk might not be noticed: {e:#}");
+                }
+            }
+            Ok(None) => {}
             Err(e) => self.lose(&format!("the journal cannot be written: {e}")),
         }
     }

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use anyhow::Context as _;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -75,6 +75,7 @@ pub struct Journal {
     jobs: Sender<Job>,
     /// Something was changed here or in the data since the stamp was raised.
     changed: AtomicBool,
+    stamp: AtomicU64,
 }
 
 impl Journal {
@@ -127,7 +128,7 @@ impl Journal {
         db.write_opt(started, &synced())?;
         let (jobs, taken) = unbounded();
         std::thread::Builder::new().name("journal".into()).spawn(move || Writer { db, missed }.run(&taken))?;
-        Ok((Self { jobs, changed: AtomicBool::new(false) }, loaded))
+        Ok((Self { jobs, changed: AtomicBool::new(false), stamp: AtomicU64::new(stamp) }, loaded))
     }
 
     fn wait(&self, job: impl FnOnce(Sender<io::Result<()>>) -> Job) -> io::Result<()> {
@@ -163,14 +164,17 @@ impl Journal {
         self.changed.store(true, Ordering::Relaxed);
     }
 
-    /// Whether anything was changed since this was asked last.
-    pub(super) fn take_change(&self) -> bool {
-        self.changed.swap(false, Ordering::Relaxed)
-    }
-
-    /// Raises the stamp, durably.
-    pub(super) fn stamp(&self, stamp: u64) -> io::Result<()> {
-        self.wait(|done| Job::Stamp(stamp, done))
+    /// Raises the stamp, durably, if anything was changed since it was raised last, and tells what it is then.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn raise(&self) -> io::Result<Option<u64>> {
+        if !self.changed.swap(false, Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let stamp = self.stamp.fetch_add(1, Ordering::Relaxed) + 1;
+        self.wait(|done| Job::Stamp(stamp, done))?;
+        Ok(Some(stamp))
     }
 
     /// Records a clean stop, durably.

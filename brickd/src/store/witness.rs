@@ -15,9 +15,8 @@ use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
-use parking_lot::Mutex;
 
-use super::{BrickId3, Journal};
+use super::BrickId3;
 
 const DIR: &str = "bricks";
 
@@ -25,7 +24,8 @@ const DIR: &str = "bricks";
 #[derive(Debug)]
 pub struct Witness {
     path: PathBuf,
-    seen: Mutex<u64>,
+    /// When it was opened.
+    seen: u64,
 }
 
 impl Witness {
@@ -46,7 +46,7 @@ impl Witness {
             Err(e) if e.kind() == io::ErrorKind::NotFound => 0,
             Err(e) => return Err(e).with_context(|| format!("cannot read {}", path.display())),
         };
-        Ok(Self { path, seen: Mutex::new(seen) })
+        Ok(Self { path, seen })
     }
 
     /// A journal with this stamp in `root` is the one that was here last.
@@ -54,7 +54,7 @@ impl Witness {
     /// # Errors
     /// When it is an older one: a sentence for the administrator.
     pub fn check(&self, root: &Path, stamp: u64) -> anyhow::Result<()> {
-        let seen = *self.seen.lock();
+        let seen = self.seen;
         if stamp < seen {
             bail!(
                 "{} has an older copy of the brick (its stamp is {stamp}, and the last one here was {seen}): what was written since is \
@@ -73,7 +73,6 @@ impl Witness {
     /// # Errors
     /// When the server's own disk refuses.
     pub fn saw(&self, stamp: u64) -> anyhow::Result<()> {
-        let mut seen = self.seen.lock();
         let text = format!("{stamp:016x}\n");
         let written = match OpenOptions::new().write(true).open(&self.path) {
             // In place: less than a sector, which a disk writes whole or not at all.
@@ -81,9 +80,7 @@ impl Witness {
             Err(e) if e.kind() == io::ErrorKind::NotFound => self.make(&text),
             Err(e) => Err(e),
         };
-        written.with_context(|| format!("cannot write {}", self.path.display()))?;
-        *seen = stamp;
-        Ok(())
+        written.with_context(|| format!("cannot write {}", self.path.display()))
     }
 
     fn make(&self, text: &str) -> io::Result<()> {
@@ -97,26 +94,13 @@ impl Witness {
         File::open(dir)?.sync_all()?;
         dir.parent().map_or(Ok(()), |above| File::open(above)?.sync_all())
     }
-
-    /// Raises the stamp if anything was changed since it was raised last.
-    ///
-    /// # Errors
-    /// `Ok(Err(…))` when the server's own disk refuses: then an older copy may go unnoticed, and that is all.
-    /// `Err` when the journal cannot be written.
-    pub fn raise(&self, journal: &Journal) -> io::Result<anyhow::Result<()>> {
-        if !journal.take_change() {
-            return Ok(Ok(()));
-        }
-        let next = *self.seen.lock() + 1;
-        journal.stamp(next)?;
-        Ok(self.saw(next))
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use mortar_proto::{BrickId, ClusterId, VolumeId};
 
+    use super::super::{Journal, Record};
     use super::*;
 
     const IDS: BrickId3 = BrickId3 { cluster: ClusterId(0xabc), volume: VolumeId(1), brick: BrickId(0x2f) };
@@ -156,15 +140,16 @@ mod tests {
         Journal::make(&brick).unwrap();
         let (journal, loaded) = Journal::open(&brick, |stamp| witness.check(&brick, stamp)).unwrap();
         witness.saw(loaded.stamp).unwrap();
-        let seen = || *witness.seen.lock();
-        witness.raise(&journal).unwrap().unwrap();
+        let raise = || journal.raise().unwrap().into_iter().for_each(|stamp| witness.saw(stamp).unwrap());
+        let seen = || Witness::open(&state, IDS).unwrap().seen;
+        raise();
         assert_eq!(seen(), 1);
         journal.touch();
-        witness.raise(&journal).unwrap().unwrap();
-        witness.raise(&journal).unwrap().unwrap();
+        raise();
+        raise();
         assert_eq!(seen(), 2);
-        journal.add(vec![super::super::Record::Scrub(vec![1])]).unwrap();
-        witness.raise(&journal).unwrap().unwrap();
+        journal.add(vec![Record::Scrub(vec![1])]).unwrap();
+        raise();
         assert_eq!(seen(), 3);
     }
 }
