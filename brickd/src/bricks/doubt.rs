@@ -63,6 +63,9 @@ impl Brick {
         others: &mut Vec<BrickId>,
         until: Instant,
     ) -> Result<usize, StoreError> {
+        if others.is_empty() || Instant::now() >= until {
+            return Ok(0);
+        }
         let mut left: Vec<(u64, Sum)> = Vec::new();
         for block in blocks {
             let (sum, _) = self.objects.sums(ino, block_range(*block))?;

@@ -280,9 +280,13 @@ impl Replica {
             return;
         }
         let per_extent = EXTENT_BYTES / REGION_BYTES;
-        let (plan, is_size) = (&file.plan, region == SIZE_REGION);
+        let plan = &file.plan;
         let is_left = |extent: u64| (extent * per_extent..(extent + 1) * per_extent).any(|r| plan.contains(r));
-        file.inherited.retain(|extent| !is_size && *extent != region / per_extent || is_left(*extent));
+        if region == SIZE_REGION {
+            file.inherited.retain(|extent| is_left(*extent));
+        } else if !is_left(region / per_extent) {
+            file.inherited.remove(&(region / per_extent));
+        }
     }
 
     /// The largest number of running requests of older configurations; 0 lets reports be made `[F2]`.
