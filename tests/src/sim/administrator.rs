@@ -189,8 +189,8 @@ impl World {
         let configuration = configuration_of(&state, set);
         let Some(slot) = configuration.slot_of(brick) else { return true };
         let is_lost = self.bricks[slot.index()].disk_is_new;
-        // With it the last sound copy of a block might go.
-        if !is_lost && self.bricks.iter().any(|b| b.disk.has_rot()) {
+        // With it the last sound copy of a block might go. What is corrupt on every brick has none.
+        if !is_lost && !self.is_sound() {
             return false;
         }
         let Some(leader) = self.leader(v) else { return false };

@@ -6,7 +6,7 @@ use mortar_proto::metadata::Command;
 use mortar_proto::metadata::state::{REMEMBERED_OUTCOMES, REMEMBERED_SESSIONS};
 use mortar_proto::types::{ByteRange, EXTENT_BYTES, Ino, REGION_BYTES};
 
-use super::disk::Content;
+use super::disk::{BLOCKS, Content};
 use super::quorum::lease_of;
 use super::world::{Wire, World, slot};
 
@@ -270,11 +270,19 @@ impl World {
             })
             .map(|s| (s, self.bricks[s].disk.content(ino)))
             .collect();
-        if contents.iter().any(|(_, c)| c.blocks != contents[0].1.blocks || c.size != contents[0].1.size) {
+        // What a disk has changed is nobody's content until it is repaired: if it is the only source of a mutation in doubt,
+        // those to which it would be copied keep what they have, which may be that mutation [R5].
+        let is_changed = |c: &Content, b: usize| c.rotten[b] && self.struck.contains(&(ino, b));
+        let sound: [Vec<u64>; BLOCKS] = core::array::from_fn(|b| {
+            contents.iter().filter(|(_, c)| !is_changed(c, b)).map(|(_, c)| c.blocks[b]).collect()
+        });
+        let Some((_, content)) = contents.first() else { return };
+        let differ = sound.iter().any(|blocks| blocks.iter().any(|block| *block != blocks[0]));
+        if differ || contents.iter().any(|(_, c)| c.size != content.size) {
             self.fail(|| format!("I5: c{c} has settled {ino:?}, but its bricks differ: {contents:?}"));
         }
-        let flickers = contents.first().and_then(|(_, content)| self.history.check_seen(ino, content).err());
-        if let Some(why) = flickers {
+        let blocks = core::array::from_fn(|b| sound[b].first().copied().unwrap_or(content.blocks[b]));
+        if let Err(why) = self.history.check_seen(ino, &Content { blocks, ..*content }) {
             self.fail(|| format!("W2: c{c} has settled {ino:?}, and what somebody has read is gone: {why}"));
         }
     }
