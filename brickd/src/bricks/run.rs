@@ -238,7 +238,7 @@ fn apply(brick: &Arc<Brick>, asked: &Asked, ticket: Ticket, purpose: Purpose) ->
             let pulled = pulled.and_then(|busy| {
                 let region = if p.size { SIZE_REGION } else { region };
                 if !p.recovery && (p.size || is_region) {
-                    brick.replica.lock().pulled_region(ino, region);
+                    brick.replica.lock().pulled_region(ino, region, asked.stamp.n);
                     brick.settle_damage(ino, region).map_err(|e| store_failed(brick, &e))?;
                 }
                 Ok(busy)

@@ -1,8 +1,8 @@
-//! Lists of what other bricks miss, when bricks are replaced and when the log is gone through once more.
+//! Lists of what other bricks miss, when bricks are replaced and when the log is gone through once more; plans of what is missed here.
 
 use super::{Recorded, Replica};
 use crate::config::{BrickState, Configuration, Member, Slot};
-use crate::types::{BootId, BrickId, ConfigNo, Incarnation, Ino};
+use crate::types::{BootId, BrickId, ConfigNo, Incarnation, Ino, SIZE_REGION};
 
 const ME: Incarnation = Incarnation(7);
 
@@ -54,4 +54,36 @@ fn a_brick_that_takes_anothers_place_does_not_take_over_what_that_one_missed() {
     replica.missed_recorded(Slot(1), Ino(6), 1..2);
     assert_eq!(replica.forget_replaced(), [(BrickId(11), Ino(5))]);
     assert_eq!(replica.missed(Slot(1)).iter().map(|(ino, _)| *ino).collect::<Vec<_>>(), [Ino(6)]);
+}
+
+#[test]
+fn a_pull_of_an_earlier_repair_is_nothing_to_the_plan_of_the_next_one() {
+    const INO: Ino = Ino(5);
+    let mut replica = Replica::new(BrickId(10), Slot(0), ME, Recorded { intents: vec![(INO, 0)], missed: Vec::new() });
+    let syncing = |n: u64, state: BrickState, since: u64| {
+        let mut configuration = configuration(n, ME, 11);
+        configuration.members[0].state = state;
+        configuration.members[0].syncing_since = ConfigNo(since);
+        configuration
+    };
+    let left = |replica: &Replica| replica.planned_regions().iter().map(|(_, r)| r.len()).sum::<u64>();
+    let _ = replica.configured(syncing(2, BrickState::Syncing, 2), None);
+    assert!(replica.plan(ConfigNo(2), &[]));
+    assert_eq!(left(&replica), 17, "the regions of the extent, and the size");
+    replica.pulled_region(INO, 0, ConfigNo(2));
+    replica.pulled_region(INO, SIZE_REGION, ConfigNo(2));
+    assert_eq!(left(&replica), 15);
+    // Its disk hung: it was put out and is back, and only now two of the pulls from before end.
+    let _ = replica.configured(syncing(3, BrickState::Out, 2), None);
+    let _ = replica.configured(syncing(4, BrickState::Syncing, 4), None);
+    replica.pulled_region(INO, 1, ConfigNo(2));
+    assert!(replica.plan(ConfigNo(4), &[]));
+    assert_eq!(left(&replica), 17, "the intent is planned for as if nothing had been pulled");
+    replica.pulled_region(INO, 2, ConfigNo(2));
+    assert_eq!(left(&replica), 17);
+    assert_eq!(replica.clearable_intents(1000, 0), [], "and stays");
+    for region in (0..16).chain([SIZE_REGION]) {
+        replica.pulled_region(INO, region, ConfigNo(4));
+    }
+    assert_eq!(replica.clearable_intents(1000, 0), [(INO, vec![0])]);
 }

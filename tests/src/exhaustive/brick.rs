@@ -402,7 +402,7 @@ impl World {
                 }
                 if let (None, Some(replica)) = (doubt, self.replica(s)) {
                     let region = if size { SIZE_REGION } else { range.start / REGION_BYTES };
-                    replica.pulled_region(INO, region);
+                    replica.pulled_region(INO, region, request.n);
                 }
                 self.bricks[s].finish(&job, size, true);
             }

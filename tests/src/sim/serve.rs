@@ -201,7 +201,7 @@ impl World {
                 } else {
                     range.start / mortar_proto::types::REGION_BYTES
                 };
-                self.replica(s).pulled_region(job.wire.ino, region);
+                self.replica(s).pulled_region(job.wire.ino, region, job.wire.request.n);
                 self.settle_damage(s, job.wire.ino, region);
             }
         }
