@@ -79,9 +79,9 @@ impl State {
             Command::VolumeStop { name, force } => self.volume_start(name, false, *force, effects),
             Command::VolumeDelete { name } => self.volume_delete(name, effects),
             Command::VolumeSet { name, key, value } => self.volume_set(name, key, value.as_deref(), effects),
-            Command::Register { brick, incarnation, boot, clean } => {
+            Command::Register { brick, n, incarnation, boot, clean } => {
                 let registration = super::Registration { incarnation: *incarnation, boot: *boot, clean: *clean };
-                self.register(*brick, registration, effects)
+                self.register(*brick, *n, registration, effects)
             }
             Command::ColdStart { set, n, source, registered } => {
                 self.cold_start(*set, *n, *source, registered, effects)

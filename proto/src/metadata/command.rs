@@ -84,6 +84,8 @@ pub enum Command {
     Register {
         /// Which brick.
         brick: BrickId,
+        /// Applied only under this configuration: what an earlier start said may come late.
+        n: ConfigNo,
         /// Drawn at this start.
         incarnation: Incarnation,
         /// The kernel's.

@@ -50,6 +50,7 @@ impl State {
     pub(super) fn register(
         &mut self,
         brick: BrickId,
+        n: ConfigNo,
         registration: Registration,
         effects: &mut Vec<Effect>,
     ) -> Outcome {
@@ -68,7 +69,7 @@ impl State {
             // The last InSync brick comes back by a cold start only [E6].
             return Outcome::Superseded;
         }
-        let outcome = self.change(set, configuration.n, effects, |next| {
+        let outcome = self.change(set, n, effects, |next| {
             let since = next.n.next();
             let member = &mut next.members[slot.index()];
             member.incarnation = registration.incarnation;

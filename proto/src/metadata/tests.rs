@@ -56,7 +56,8 @@ impl World {
         for slot in slots {
             let brick = self.set().1.members[slot.index()].brick;
             let incarnation = Incarnation(100 + self.state.applied.0);
-            self.apply(Command::Register { brick, incarnation, boot: BootId(1), clean: false });
+            let n = self.set().1.n;
+            self.apply(Command::Register { brick, n, incarnation, boot: BootId(1), clean: false });
         }
     }
 

@@ -89,7 +89,8 @@ impl Leader {
         );
         for (i, brick) in leader.bricks.into_iter().enumerate() {
             let (incarnation, boot) = (Incarnation(i as u64 + 1), BootId(i as u128 + 1));
-            leader.commit(&Command::Register { brick, incarnation, boot, clean: false });
+            let n = ConfigNo(i as u64 + 1);
+            leader.commit(&Command::Register { brick, n, incarnation, boot, clean: false });
         }
         leader
     }

@@ -343,12 +343,14 @@ impl Monitor {
             .or_else(|| self.return_of_one(state, set, configuration, now_ms))
     }
 
-    /// The start of a brick that the log does not know yet, still being heard.
+    /// The start of a brick that the log does not know yet, still being heard. What it said last has to be of this configuration:
+    /// an earlier start, which the log does know or has known, may have been heard late `[E5]`.
     fn new_start(&self, configuration: &Configuration, slot: Slot, now_ms: u64) -> Option<Registration> {
         let member = configuration.members[slot.index()];
         let heard = self.heard.get(&member.brick)?;
         let fresh = heard.beat.registration.incarnation != member.incarnation;
-        (fresh && !heard.beat.failed && heard.answered_ms + self.silence_ms() > now_ms)
+        let is_of_now = heard.beat.known >= configuration.n;
+        (fresh && is_of_now && !heard.beat.failed && heard.answered_ms + self.silence_ms() > now_ms)
             .then_some(heard.beat.registration)
     }
 
@@ -366,7 +368,7 @@ impl Monitor {
             let first = member.incarnation == Incarnation(0);
             if member.state != BrickState::InSync || another_lives || first {
                 let Registration { incarnation, boot, clean } = new;
-                return Some(Command::Register { brick: member.brick, incarnation, boot, clean });
+                return Some(Command::Register { brick: member.brick, n: configuration.n, incarnation, boot, clean });
             }
         }
         None

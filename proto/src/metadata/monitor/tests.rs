@@ -221,6 +221,39 @@ fn what_an_earlier_start_of_a_brick_said_is_not_taken_for_a_new_start() {
 }
 
 #[test]
+fn an_earlier_start_that_is_heard_while_a_new_one_is_registered_does_not_take_its_place() {
+    let mut cluster = Cluster::new();
+    let first = cluster.beat_of(Slot(0));
+    let start = |cluster: &mut Cluster, number: u64| {
+        cluster.replicas[0] = Replica::new(first.brick, Slot(0), Incarnation(number), Recorded::default());
+        cluster.brick_applies(Slot(0));
+        cluster.beat_of(Slot(0))
+    };
+    let (second, third) = (start(&mut cluster, 500), start(&mut cluster, 501));
+    let proposed = |cluster: &mut Cluster, beat: Beat| {
+        cluster.now_ms += STEP_MS;
+        let others = [cluster.beat_of(Slot(1)), cluster.beat_of(Slot(2))];
+        cluster.monitor.heartbeat(&cluster.state, cluster.now_ms, &[beat, others[0], others[1]]);
+        cluster.monitor.poll(&cluster.state, cluster.now_ms)
+    };
+    // Both are proposed before one is committed: the other one is not, whichever that is.
+    let by_third = proposed(&mut cluster, third);
+    let by_second = proposed(&mut cluster, second);
+    assert!(matches!((&by_second[..], &by_third[..]), ([Command::Register { .. }], [Command::Register { .. }])));
+    // And the one that is registered now is heard once more just before.
+    proposed(&mut cluster, first);
+    for command in by_third.into_iter().chain(by_second) {
+        Cluster::apply(&mut cluster.state, command);
+    }
+    let registered = cluster.configuration();
+    assert_eq!(registered.members[0].incarnation, Incarnation(501));
+    assert_eq!(cluster.monitor.poll(&cluster.state, cluster.now_ms), [], "what it said was of an older configuration");
+    cluster.run(2000);
+    assert_eq!(cluster.configuration().members[0].incarnation, Incarnation(501));
+    assert_eq!(cluster.states(), ALL_IN);
+}
+
+#[test]
 fn a_brick_that_agreed_to_go_comes_back_once_and_for_all() {
     let mut cluster = Cluster::new();
     let slot = Slot(2);
