@@ -264,6 +264,8 @@ impl World {
                 self.history.went_back(new.n, &disk);
                 self.administrator.made_source = Some((source.index(), new.n));
                 self.forgive_reads();
+                // What it had accepted before it was put out may end only now.
+                self.accepted.clear();
                 // They are evicted, and find out at once; whoever mounts again knows what happened.
                 for c in 0..CLIENTS {
                     if self.clients[c].up {

@@ -267,6 +267,12 @@ impl Disk {
         let all = self.files.keys().flat_map(|ino| (0..BLOCKS).map(|b| (*ino, b)));
         all.filter(|(ino, b)| self.is_rotten(*ino, *b) && self.has_intent(*ino, extent(*b))).collect()
     }
+    /// What a block is once doubts are settled `[S3]`: what its checksum is of, or its data.
+    #[must_use]
+    pub fn may_be(&self, ino: Ino, block: usize) -> Vec<u64> {
+        let is_doubted = self.doubted().contains(&(ino, block));
+        [self.block(ino, block)].into_iter().chain(is_doubted.then(|| self.data_of(ino, block))).collect()
+    }
     /// The checksum of a block is made from its data `[S3]`.
     pub fn make_sum_anew(&mut self, ino: Ino, block: usize) {
         if let Some(file) = self.files.get_mut(&ino) {

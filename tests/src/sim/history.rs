@@ -248,9 +248,14 @@ impl History {
     }
     fn lose(&mut self, n: ConfigNo, source: &Disk, flushed_too: bool) {
         self.lossy = true;
+        // The doubts of a source that cold starts are settled by now; those of another one may still be when it starts.
+        let is_left = |ino, block| match flushed_too {
+            true => source.may_be(ino, block),
+            false => vec![source.block(ino, block)],
+        };
         // What the source has is the content from now on, torn or not: nobody has more.
-        let left = source.files().into_iter().flat_map(|ino| source.content(ino).blocks);
-        for value in left.collect::<Vec<u64>>() {
+        let all = source.files().into_iter().flat_map(|ino| (0..BLOCKS).map(move |block| (ino, block)));
+        for value in all.flat_map(|(ino, block)| is_left(ino, block)).collect::<Vec<u64>>() {
             if let Some(torn) = self.torn.get_mut(&value) {
                 torn.1 = true;
             }
@@ -263,7 +268,7 @@ impl History {
                     Kind::Write { .. } => Need { write: key, any: key },
                     _ => Need { write: (Epoch(0), Seq(0)), any: key },
                 };
-                let is_gone = self.check(o.ino, block, source.block(o.ino, block), need).is_err();
+                let is_gone = is_left(o.ino, block).iter().any(|v| self.check(o.ino, block, *v, need).is_err());
                 if is_gone && (flushed_too || !o.flushed) {
                     lost.push((*op, block));
                 }
