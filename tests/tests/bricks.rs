@@ -201,6 +201,8 @@ fn an_older_copy_of_a_brick_stays_out_until_it_is_reset() -> Result<()> {
             let data = world.brick(3);
             let (of, kept) = (data.display(), data.with_extension("kept"));
             world.playground(&["kill", "3"])?;
+            // Before that, all is well as far as anybody knows, and its next start would not be waited for.
+            eventually("it is missed", Duration::from_secs(30), || Ok(world.states()?[2] == "out"))?;
             sh(&format!("cp -a {of} {}", kept.display()))?;
             world.playground(&["start", "3"])?;
             world.healed(Duration::from_secs(60))?;
