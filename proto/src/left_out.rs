@@ -98,6 +98,7 @@ rules! {
     E3, "E3", "", "I/O that waits for a brick ends in an error";
     E5Awaited, "E5", "E5", "a brick serves before its registration is applied";
     E5Number, "E5, S4", "F-7", "the registration of a Syncing brick makes no new n";
+    E5Late, "E5", "", "an earlier start that is heard late is registered again";
     E5Copy, "E5", "", "a disk that is an older copy of itself is taken for the brick";
     E5Clean, "E5", "A-7", "a clean stop clears the intents of what is in doubt";
     E6Intents, "E6", "F-12", "the source does not enter its intents as missed";
@@ -107,6 +108,7 @@ rules! {
     E7Told, "E7", "", "a client that lost writes is not told";
     E8, "E8", "", "a brick that was put out returns at once";
     S1Full, "S1", "", "a brick that is new in its place gets back what intents and lists name only";
+    S1Late, "S1", "", "a pull that was ordered before the plan was made takes something off it";
     S1Own, "S1", "S1", "the brick's own intents are not repaired";
     S1Source, "S1", "S1", "the source's intents are not repaired";
     S2Busy, "S2", "", "repair does not hold the range";

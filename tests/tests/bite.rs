@@ -29,23 +29,30 @@ const UNSEEN: &[(Rule, &str)] = &[
     (Rule::S4Drained, "what still runs was never answered, and is asked for again under the newer configuration"),
 ];
 
-/// Rules whose absence fewer than one seed in fifty shows: the gate does not search that long.
-const RARE: &[Rule] = &[
-    Rule::F3Running,
-    Rule::W1Unsettled,
-    Rule::W2Restart,
-    Rule::W5Durable,
-    Rule::W7Doubt,
-    Rule::W7Flushed,
-    Rule::W8Syncing,
-    Rule::R1Lease,
-    Rule::E1Answered,
-    Rule::E2Replaced,
-    Rule::S2Clear,
+/// Rules whose absence fewer than one seed in fifty shows: the gate does not search that long, but plays those that are known to.
+const RARE: &[(Rule, &[u64])] = &[
+    (Rule::F3Running, &[]),
+    (Rule::W1Unsettled, &[]),
+    (Rule::W2Restart, &[]),
+    (Rule::W5Durable, &[]),
+    (Rule::W7Doubt, &[]),
+    (Rule::W7Flushed, &[]),
+    (Rule::W8Syncing, &[]),
+    (Rule::R1Lease, &[]),
+    (Rule::E1Answered, &[9_007_529_077]),
+    (Rule::E2Replaced, &[]),
+    (Rule::E5Late, &[2_111_084_478]),
+    (Rule::S1Late, &[2_111_049_342]),
+    (Rule::S2Clear, &[]),
 ];
 
+/// The seeds that are known to show the absence of a rare one.
+fn known(rule: Rule) -> Option<&'static [u64]> {
+    RARE.iter().find(|(rare, _)| *rare == rule).map(|(_, seeds)| *seeds)
+}
+
 fn is_sought(rule: Rule) -> bool {
-    !RARE.contains(&rule) && !UNSEEN.iter().any(|(unseen, _)| *unseen == rule)
+    known(rule).is_none_or(|seeds| !seeds.is_empty()) && !UNSEEN.iter().any(|(unseen, _)| *unseen == rule)
 }
 
 fn number(name: &str) -> Option<u64> {
@@ -171,13 +178,13 @@ fn every_rule_is_missed() {
         let all = match (seeds, &by_hand) {
             (Some(seeds), _) => seeds,
             (None, Some(_)) => 0,
-            (None, None) if !is_sought(rule) => 0,
+            (None, None) if !is_sought(rule) || known(rule).is_some() => 0,
             (None, None) => TRIED,
         };
         if let Some(found) = by_hand {
             shown.lock().unwrap_or_else(|e| e.into_inner()).insert(rule, found);
         }
-        for seed in 0..all {
+        for seed in known(rule).unwrap_or_default().iter().copied().chain(0..all) {
             let Some(failure) = caught_by(rule, seed) else { continue };
             if note(rule, &failure) && shrink_s > 0 {
                 tell_shrunk(rule, &failure, shrink_s);

@@ -61,6 +61,7 @@ impl State {
         if registration.incarnation == Incarnation(0) || member.incarnation == registration.incarnation {
             return Outcome::Superseded;
         }
+        let n = if left_out(Rule::E5Late) { configuration.n } else { n };
         let first = member.incarnation == Incarnation(0);
         let fresh = member.state == BrickState::InSync && (first || self.is_unused(set));
         let others = configuration.in_sync().without(slot);

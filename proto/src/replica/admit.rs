@@ -274,7 +274,7 @@ impl Replica {
     /// The region was pulled, as ordered under `n`: the plan has it no more, and its intents are this brick's own again `[S2]`, `[W7]`.
     /// What was ordered before this brick became `Syncing` anew is nothing to a plan that has not been made yet, or was made since.
     pub fn pulled_region(&mut self, ino: Ino, region: u64, n: ConfigNo) {
-        if self.planned_since.is_none_or(|since| n < since) {
+        if self.planned_since.is_none_or(|since| n < since) && !left_out(Rule::S1Late) {
             return;
         }
         let Some(file) = self.files.get_mut(&ino) else { return };

@@ -349,7 +349,7 @@ impl Monitor {
         let member = configuration.members[slot.index()];
         let heard = self.heard.get(&member.brick)?;
         let fresh = heard.beat.registration.incarnation != member.incarnation;
-        let is_of_now = heard.beat.known >= configuration.n;
+        let is_of_now = heard.beat.known >= configuration.n || left_out(Rule::E5Late);
         (fresh && is_of_now && !heard.beat.failed && heard.answered_ms + self.silence_ms() > now_ms)
             .then_some(heard.beat.registration)
     }
