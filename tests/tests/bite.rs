@@ -24,7 +24,6 @@ const DICE: u64 = 20;
 
 /// Rules whose absence no seed shows, and why.
 const UNSEEN: &[(Rule, &str)] = &[
-    (Rule::E1Agreed, "a search shows it, see `exhaustive_bites`"),
     (Rule::F2Durable, "the entry of a brick's own registration [E5] lies behind every fence that it has answered"),
     (Rule::S4Drained, "what still runs was never answered, and is asked for again under the newer configuration"),
 ];
@@ -40,10 +39,8 @@ const RARE: &[(Rule, &[u64])] = &[
     (Rule::W8Syncing, &[]),
     (Rule::R1Lease, &[]),
     (Rule::E1Answered, &[9_007_529_077]),
-    (Rule::E2Replaced, &[]),
     (Rule::E5Late, &[2_111_084_478]),
     (Rule::S1Late, &[2_111_049_342]),
-    (Rule::S2Clear, &[]),
 ];
 
 /// The seeds that are known to show the absence of a rare one.

@@ -242,17 +242,19 @@ fn late(begun: &[(u64, Act)]) -> Vec<Scenario> {
     let full = |at, full| [0, 1, 2].map(|s| (at, Act::Full(s, full)));
     let writes = [0, 1, 2, 3].map(|block| (10_700, write(0, F, block)));
     let busy = [10_950, 11_250, 11_550, 11_850, 12_150].map(|at| (at, Act::Ask(0, F, Ask::Stat)));
-    all.push(scenario(
-        &[Rule::F3Connection],
-        &[
-            begun,
-            &[(10_600, Act::Repeat(1000)), (10_710, Act::Break(0, 0))],
-            &full(10_650, true),
-            &writes,
-            &full(10_900, false),
-            &busy,
-        ],
-    ));
+    for at in (10_700..10_750).step_by(5) {
+        all.push(scenario(
+            &[Rule::F3Connection],
+            &[
+                begun,
+                &[(10_600, Act::Repeat(1000)), (at, Act::Break(0, 0))],
+                &full(10_650, true),
+                &writes,
+                &full(10_900, false),
+                &busy,
+            ],
+        ));
+    }
     // Brick 2 was repaired, which is not heard before it is put out and comes back; and it does not know that yet. All the same
     // the others have just taken what it lacks.
     for at in (14_600..14_800).step_by(10) {
