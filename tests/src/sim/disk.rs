@@ -240,6 +240,11 @@ impl Disk {
             last.is_spoiled = true;
         }
     }
+    /// What the disk had made of a block, also of what is durable of it, is this.
+    pub fn set_spoiled(&mut self, ino: Ino, block: usize, data: u64) {
+        let versions = self.files.get_mut(&ino).into_iter().flat_map(|f| &mut f.blocks[block].0);
+        versions.filter(|v| v.is_spoiled).for_each(|v| v.data = data);
+    }
     /// The disk has changed the data of a block since it was written.
     #[must_use]
     pub fn is_spoiled(&self, ino: Ino, block: usize) -> bool {

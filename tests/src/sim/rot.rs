@@ -155,7 +155,7 @@ impl World {
             if is_within && disk.is_spoiled(ino, block) && asks == is_source {
                 // Nobody who is left can tell it from what a power cut has torn, so this is its content from now on.
                 let torn = Torn { value: nobodys(&mut self.tears), parts: vec![value] };
-                disk.set_data(ino, block, torn.value);
+                disk.set_spoiled(ino, block, torn.value);
                 self.history.torn(torn, is_source);
                 self.count("what a disk had changed was taken for torn");
             } else {
