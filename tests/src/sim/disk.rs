@@ -265,18 +265,21 @@ impl Disk {
     pub fn has_rot(&self) -> bool {
         self.files.values().any(|f| f.blocks.iter().any(Cell::is_rotten))
     }
-    /// Blocks that do not match their checksums, in extents with intent.
+    /// A block does not match its checksum, in an extent with intent.
+    fn is_doubted(&self, ino: Ino, block: usize) -> bool {
+        self.is_rotten(ino, block) && self.has_intent(ino, self.geometry.offset(block) / EXTENT_BYTES)
+    }
+    /// All such blocks.
     #[must_use]
     pub fn doubted(&self) -> Vec<(Ino, usize)> {
-        let extent = |block: usize| self.geometry.offset(block) / EXTENT_BYTES;
         let all = self.files.keys().flat_map(|ino| (0..BLOCKS).map(|b| (*ino, b)));
-        all.filter(|(ino, b)| self.is_rotten(*ino, *b) && self.has_intent(*ino, extent(*b))).collect()
+        all.filter(|(ino, b)| self.is_doubted(*ino, *b)).collect()
     }
     /// What a block is once doubts are settled `[S3]`: what its checksum is of, or its data.
     #[must_use]
     pub fn may_be(&self, ino: Ino, block: usize) -> Vec<u64> {
-        let is_doubted = self.doubted().contains(&(ino, block));
-        [self.block(ino, block)].into_iter().chain(is_doubted.then(|| self.data_of(ino, block))).collect()
+        let data = self.is_doubted(ino, block).then(|| self.data_of(ino, block));
+        [self.block(ino, block)].into_iter().chain(data).collect()
     }
     /// The checksum of a block is made from its data `[S3]`.
     pub fn make_sum_anew(&mut self, ino: Ino, block: usize) {
